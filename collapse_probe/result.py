@@ -1,0 +1,266 @@
+"""The result of an analysis as plain, versioned data: tables, arrays, findings, provenance.
+
+Nothing here imports torch: a saved analysis can be loaded, plotted and compared on a machine without it.
+
+On disk an analysis is a folder with `analysis.json` (tables, every layer-by-layer matrix, findings, provenance) and
+`arrays.npz` (the larger arrays: by head, by token, histograms). Both files appear whole or not at all.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from collapse_probe.errors import DamagedFileError, UsageError
+from collapse_probe.files import write_atomically
+
+SCHEMA_VERSION = 1
+
+#: Columns of the map are key tokens; these are the sets of keys that are reported apart.
+PARTS = ("all", "prefix", "patch")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence of the verdict.
+
+    Attributes:
+        code: stable identifier, for example ``"similar-blocks"``.
+        severity: ``"ok"``, ``"note"``, ``"warning"`` or ``"problem"``.
+        title: the sentence itself.
+        evidence: the numbers it rests on, with their standard errors, as text.
+        threshold: the cut-off that decided, as text.
+        source: where that cut-off comes from (a publication, or ours and how it was calibrated).
+        advice: what a user can do about it.
+        layers: names of the layers concerned, in execution order.
+    """
+
+    code: str
+    severity: str
+    title: str
+    evidence: str
+    threshold: str
+    source: str
+    advice: str
+    layers: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"[{self.severity}] {self.title} ({self.evidence})"
+
+
+@dataclass
+class Group:
+    """Layers whose maps may be compared with each other, and everything measured across them.
+
+    With L layers, H heads and K key tokens:
+
+    Attributes:
+        name: ``"A"``, ``"B"``… in execution order.
+        layers: qualified layer names, in execution order (L of them).
+        kind: ``"token"``, ``"class"``, ``"pooling"``…
+        heads, queries, keys: sizes of each layer's map.
+        prefix_tokens: how many leading tokens are not patches (class token, registers).
+        grid: height and width of the patch grid, or ``None`` where unknown.
+        matrices: ``matrices[part][reading]`` is ``[L, L]``; part is one of :data:`PARTS` (``"prefix"`` and ``"patch"``
+            only where both exist); readings are ``similarity``, ``centred``, ``image_independent``, ``excess``, each
+            with its standard error over images as ``<reading>_se``, and ``centred_absent``, the share of
+            (image, head, token) columns for which the centred similarity is undefined. NaN marks what is absent.
+        arrays: larger arrays by name: ``similarity_by_head`` [L, L, H], ``similarity_by_token`` [L, L, K],
+            ``centred_by_head``, ``centred_by_token``, ``image_independent_by_head``, ``image_independent_by_token``
+            (the last two only where all image pairs were summed exactly), ``histogram`` [L, L, bins] (counts of M,
+            bins of equal width from -1 to 1), ``cross_head_similarity`` [L, H, H]. Nothing here grows with the
+            number of images.
+    """
+
+    name: str
+    layers: list[str]
+    kind: str
+    heads: int
+    queries: int
+    keys: int
+    prefix_tokens: int = 0
+    grid: tuple[int, int] | None = None
+    matrices: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def matrix(self, reading: str = "similarity", part: str = "all") -> pd.DataFrame:
+        """One layer-by-layer matrix as a labelled table. Raises UsageError for an unknown reading or part."""
+        try:
+            values = self.matrices[part][reading]
+        except KeyError:
+            known = {p: sorted(m) for p, m in self.matrices.items()}
+            raise UsageError(f"group {self.name} has no {reading!r} for part {part!r}; it has {known}") from None
+        return pd.DataFrame(values, index=self.layers, columns=self.layers)
+
+    def meta(self) -> dict[str, Any]:
+        """Everything but the arrays."""
+        names = ("name", "layers", "kind", "heads", "queries", "keys", "prefix_tokens", "grid")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class Analysis:
+    """What one pass over the images found: see :class:`Group` for what is measured across layers.
+
+    Attributes:
+        layers: a row per layer (index: qualified name), a column per diagnostic; ``<column>_se`` is its standard
+            error over images. NaN marks what is undefined for that layer.
+        groups: layers that may be compared with each other.
+        findings: the verdict.
+        provenance: model, weights, images, preprocessing, versions, options.
+        not_captured: layers that ran and have no map here, each with ``layer`` and ``reason``.
+    """
+
+    layers: pd.DataFrame
+    groups: list[Group]
+    findings: list[Finding] = field(default_factory=list)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    not_captured: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def similarity(self) -> pd.DataFrame:
+        """``[layers x layers]``: mean M over heads, tokens and images; NaN between layers of different groups."""
+        return self.matrix("similarity")
+
+    def matrix(self, reading: str = "similarity", part: str = "all") -> pd.DataFrame:
+        """A reading for all layers in execution order; NaN between layers of different groups."""
+        names = list(self.layers.index)
+        table = pd.DataFrame(np.nan, index=names, columns=names)
+        for group in self.groups:
+            if part in group.matrices and reading in group.matrices[part]:
+                table.loc[group.layers, group.layers] = group.matrix(reading, part).to_numpy()
+        return table
+
+    @property
+    def main_group(self) -> Group:
+        """The group with most layers (the first of them on a tie)."""
+        return max(self.groups, key=lambda group: len(group.layers))
+
+    def finding(self, code: str) -> Finding | None:
+        """The finding with that code, if the verdict holds one."""
+        return next((finding for finding in self.findings if finding.code == code), None)
+
+    # -- saving and loading ------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `analysis.json`, `arrays.npz`, `layers.csv` and `similarity.csv` into a folder; returns the folder.
+
+        Raises:
+            OutputError: the folder or a file in it cannot be written.
+        """
+        folder = Path(folder)
+        write_atomically(folder / "arrays.npz", self._arrays_as_bytes())
+        write_atomically(folder / "layers.csv", self.layers.to_csv(index_label="layer"))
+        write_atomically(folder / "similarity.csv", self.similarity.to_csv(index_label="layer"))
+        write_atomically(folder / "analysis.json", json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Analysis:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            DamagedFileError: a file is missing, unreadable, or of a schema that this version does not know.
+        """
+        folder = Path(folder)
+        try:
+            data = json.loads((folder / "analysis.json").read_text(encoding="utf-8"))
+            with np.load(folder / "arrays.npz", allow_pickle=False) as stored:
+                arrays = {key: stored[key] for key in stored.files}
+        except FileNotFoundError as error:
+            raise DamagedFileError(
+                f"{folder} is not a saved analysis: {Path(error.filename).name} is missing."
+            ) from None
+        except (OSError, ValueError, EOFError, KeyError) as error:
+            raise DamagedFileError(f"{folder} holds a damaged analysis: {error}") from None
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if version != SCHEMA_VERSION:
+            raise DamagedFileError(
+                f"{folder}/analysis.json has schema version {version!r}; this version of collapse_probe reads "
+                f"{SCHEMA_VERSION}. Run the analysis again, or use the version that wrote it."
+            )
+        return cls._from_dict(data, arrays)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data: NaN and infinities become null."""
+        table = self.layers.reset_index(names="layer")
+        return _plain(
+            {
+                "schema_version": SCHEMA_VERSION,
+                "provenance": self.provenance,
+                "findings": [asdict(finding) for finding in self.findings],
+                "layers": {
+                    "columns": list(table.columns),
+                    "dtypes": [str(dtype) for dtype in table.dtypes],
+                    "rows": table.to_numpy(dtype=object).tolist(),
+                },
+                "groups": [{**group.meta(), "matrices": group.matrices} for group in self.groups],
+                "not_captured": self.not_captured,
+            }
+        )
+
+    @classmethod
+    def _from_dict(cls, data: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Analysis:
+        stored = data["layers"]
+        table = pd.DataFrame(stored["rows"], columns=stored["columns"])
+        table = table.astype(dict(zip(stored["columns"], stored["dtypes"], strict=True))).set_index("layer")
+        table.index.name = None
+        groups = []
+        for entry in data["groups"]:
+            meta = {key: value for key, value in entry.items() if key != "matrices"}
+            meta["grid"] = tuple(meta["grid"]) if meta["grid"] else None
+            matrices = {
+                part: {name: np.array(values, dtype=np.float64) for name, values in readings.items()}
+                for part, readings in entry["matrices"].items()
+            }
+            prefix = f"{entry['name']}/"
+            own = {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
+            groups.append(Group(**meta, matrices=matrices, arrays=own))
+        findings = [Finding(**{**entry, "layers": tuple(entry["layers"])}) for entry in data["findings"]]
+        return cls(table, groups, findings, data["provenance"], data["not_captured"])
+
+    def _arrays_as_bytes(self) -> bytes:
+        buffer = io.BytesIO()
+        named = {f"{group.name}/{key}": value for group in self.groups for key, value in group.arrays.items()}
+        np.savez_compressed(buffer, **named)  # type: ignore[arg-type]  # its signature names allow_pickle only
+        return buffer.getvalue()
+
+    # -- rendering ---------------------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        model = self.provenance.get("model", {}).get("architecture", "model")
+        images = self.provenance.get("images", {}).get("count", "?")
+        verdict = "; ".join(finding.title for finding in self.findings) or "no findings"
+        return f"Analysis({model}, {len(self.layers)} layers, {images} images: {verdict})"
+
+    def _repr_html_(self) -> str:
+        from collapse_probe.report.notebook import to_html
+
+        return to_html(self)
+
+
+def _plain(value: Any) -> Any:
+    """The same value made of JSON's own types."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is pd.NA:
+        return None
+    if isinstance(value, Path):
+        return str(value)
+    return value

@@ -1,0 +1,334 @@
+"""One layer's attention for one batch: lazy, exact, cheap to keep.
+
+A map `A[b, h, i, j]` says how much query token i draws from key token j. What is kept is what is small: queries and
+keys (or, where the model itself materialised something that cannot be followed, that tensor). Rows and columns are
+produced on demand, in float32 or wider whatever the model's dtype.
+
+Shapes: B images, H heads, Q query tokens, K key tokens, D channels of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+#: Rows of logits that `log_normalizer` holds at once, in elements: bounds its memory on long sequences.
+_CHUNK_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """What the key tokens are: leading prefix tokens (class token, registers), then patches on a grid.
+
+    Attributes:
+        prefix_tokens: number of leading tokens that are not patches.
+        grid: height and width of the patch grid, or None where it is not known.
+    """
+
+    prefix_tokens: int = 0
+    grid: tuple[int, int] | None = None
+
+
+class Source(Protocol):
+    """Anything that can produce parts of a `[B, H, Q, K]` map."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]: ...
+    @property
+    def device(self) -> torch.device: ...
+    def columns(self, start: int, stop: int) -> Tensor: ...
+    def rows(self, start: int, stop: int) -> Tensor: ...
+    def select(self, start: int, stop: int) -> Source: ...
+
+
+@dataclass
+class QueryKey:
+    """A softmax over `scale * q k^T + bias`, kept as its ingredients.
+
+    Attributes:
+        q: queries `[B, H, Q, D]`.
+        k: keys `[B, H, K, D]`.
+        scale: factor of the products.
+        bias: additive logits, four axes that broadcast to `[B, H, Q, K]`, minus infinity where a key is masked.
+        causal: query i sees keys 0..i only (aligned top left, as `F.scaled_dot_product_attention` does).
+        log_normalizer: `[B, H, Q]`, log of the sum of exponentials of each row, where a kernel returned it.
+    """
+
+    q: Tensor
+    k: Tensor
+    scale: float
+    bias: Tensor | None = None
+    causal: bool = False
+    log_normalizer: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        batch, heads, queries, _ = self.q.shape
+        return batch, heads, queries, self.k.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        return self.q.device
+
+    def select(self, start: int, stop: int) -> QueryKey:
+        """The same map for images start..stop-1, in the dtype that it is computed in."""
+        dtype = torch.promote_types(self.q.dtype, torch.float32)
+        bias, normalizer = self.bias, self.log_normalizer
+        if bias is not None and bias.shape[0] > 1:
+            bias = bias[start:stop]
+        return replace(
+            self,
+            q=self.q[start:stop].to(dtype),
+            k=self.k[start:stop].to(dtype),
+            bias=bias,
+            log_normalizer=None if normalizer is None else normalizer[start:stop].to(dtype),
+        )
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        """Probabilities of keys start..stop-1: `[B, H, Q, stop-start]`, stored key by key (queries contiguous)."""
+        batch, heads, queries, _ = self.shape
+        q, k = self._computed(self.q), self._computed(self.k[:, :, start:stop])
+        normalizer = self._log_normalizer().reshape(batch * heads, 1, queries)
+        logits = torch.baddbmm(normalizer, k.flatten(0, 1), q.flatten(0, 1).mT, beta=-1, alpha=self.scale)
+        logits = logits.view(batch, heads, stop - start, queries)
+        allowed = self._allowed(slice(0, queries), slice(start, stop), logits)
+        if allowed is not None:
+            logits = logits + allowed.mT
+        return logits.exp_().mT
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Probabilities of queries start..stop-1: `[B, H, stop-start, K]`."""
+        return _softmax(self._logits(start, stop))
+
+    def _logits(self, start: int, stop: int) -> Tensor:
+        logits = self._computed(self.q[:, :, start:stop]) @ self._computed(self.k).mT * self.scale
+        allowed = self._allowed(slice(start, stop), slice(0, self.k.shape[2]), logits)
+        return logits if allowed is None else logits + allowed
+
+    def _allowed(self, queries: slice, keys: slice, like: Tensor) -> Tensor | None:
+        """Additive logits (bias and causal mask) for a part of the map, broadcastable to `[B, H, q, k]`."""
+        bias = self.bias
+        if bias is not None:
+            bias = bias if bias.shape[-2] == 1 else bias[..., queries, :]
+            bias = (bias if bias.shape[-1] == 1 else bias[..., keys]).to(like.dtype)
+        if not self.causal:
+            return bias
+        row = torch.arange(queries.start, queries.stop, device=like.device)[:, None]
+        column = torch.arange(keys.start, keys.stop, device=like.device)
+        future = torch.zeros(row.shape[0], column.shape[0], dtype=like.dtype, device=like.device)
+        future.masked_fill_(column > row, -torch.inf)
+        return future if bias is None else bias + future
+
+    def _log_normalizer(self) -> Tensor:
+        if self.log_normalizer is None:
+            batch, heads, queries, keys = self.shape
+            step = max(1, _CHUNK_ELEMENTS // max(1, batch * heads * keys))
+            parts = [self._logits(start, min(start + step, queries)).logsumexp(-1) for start in range(0, queries, step)]
+            self.log_normalizer = torch.cat(parts, dim=-1)
+        # A fully masked row has no normaliser; fused kernels answer zeros there, and so do we.
+        return self._computed(self.log_normalizer.masked_fill(self.log_normalizer == -torch.inf, torch.inf))
+
+    def _computed(self, tensor: Tensor) -> Tensor:
+        return tensor.to(torch.promote_types(self.q.dtype, torch.float32))
+
+
+@dataclass
+class Stored:
+    """A map that the model materialised and that cannot be followed back to queries and keys: `[B, H, Q, K]`."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        batch, heads, queries, keys = self.tensor.shape
+        return batch, heads, queries, keys
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensor.device
+
+    def select(self, start: int, stop: int) -> Stored:
+        return Stored(self.tensor[start:stop])
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        return self._computed(self.tensor[..., start:stop])
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self._computed(self.tensor[:, :, start:stop])
+
+    def _computed(self, tensor: Tensor) -> Tensor:
+        return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+@dataclass(frozen=True)
+class HeadMix:
+    """An affine map over heads applied to every (query, key) entry: `out[o] = sum_h weight[o, h] a[h] + bias[o]`.
+
+    Re-attention (DeepViT, arXiv 2103.11886: a 1x1 convolution over heads, then batch norm, then a scale) and talking
+    heads are of this form, so the applied map needs no memory of its own.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def then(self, other: HeadMix) -> HeadMix:
+        """This mix followed by another."""
+        return HeadMix(other.weight @ self.weight, other.weight @ self.bias + other.bias)
+
+    def __call__(self, part: Tensor) -> Tensor:
+        """Mix a part of a map `[B, H, x, y]` -> `[B, O, x, y]`, keeping which of x and y is contiguous."""
+        key_major = part.stride(-1) != 1
+        part = (part.mT if key_major else part).contiguous()
+        weight, bias = (item.to(part.dtype).to(part.device) for item in (self.weight, self.bias))
+        mixed = torch.baddbmm(bias[:, None], weight.expand(part.shape[0], -1, -1), part.flatten(2))
+        mixed = mixed.view(part.shape[0], weight.shape[0], *part.shape[2:])
+        return mixed.mT if key_major else mixed
+
+
+@dataclass(frozen=True)
+class AttentionMap:
+    """One layer's attention for one batch, `[B, H, Q, K]`, lazy and exact.
+
+    The map is the one that multiplied the values. Where a model mixes after its softmax (re-attention, talking heads)
+    :attr:`softmax` is the map underneath, and :attr:`is_probability` is False: entries may be negative and rows need
+    not sum to 1.
+
+    Attributes:
+        name: qualified name of the layer in its model.
+        kind: ``"token"`` (self-attention among all tokens), ``"class"`` (one query per image), ``"window"`` (several
+            maps per image) or ``"cross"``.
+        layout: what the key tokens are.
+        source: where the numbers come from.
+        mix: what the model applies to the softmax before the product with the values, if it mixes heads.
+        origin: the softmax underneath, where `source` is a stored map that came from it in another way.
+    """
+
+    name: str
+    kind: str
+    layout: TokenLayout
+    source: Source
+    mix: HeadMix | None = None
+    origin: Source | None = field(default=None, repr=False)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, H, Q, K)."""
+        batch, heads, queries, keys = self.source.shape
+        return batch, heads if self.mix is None else self.mix.weight.shape[0], queries, keys
+
+    @property
+    def is_probability(self) -> bool:
+        """Whether rows are probabilities: non-negative and, unless fully masked, summing to 1."""
+        return self.mix is None and self.origin is None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the map is computed."""
+        return self.source.device
+
+    @property
+    def prefix_tokens(self) -> int:
+        """How many leading key tokens are not patches."""
+        return self.layout.prefix_tokens
+
+    @property
+    def softmax(self) -> AttentionMap:
+        """The softmax map underneath; the map itself where nothing was applied after the softmax."""
+        return replace(self, source=self.origin or self.source, mix=None, origin=None)
+
+    def materialize(self) -> Tensor:
+        """The whole map, `[B, H, Q, K]`, float32 or wider."""
+        return self.rows(0, self.shape[2])
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        """Key columns start..stop-1: `[B, H, Q, stop-start]`, float32 or wider.
+
+        Raises:
+            IndexError: the range does not lie within 0..K.
+        """
+        _check_range("columns", start, stop, self.shape[3])
+        return self._mixed(self.source.columns(start, stop))
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Query rows start..stop-1: `[B, H, stop-start, K]`, float32 or wider.
+
+        Raises:
+            IndexError: the range does not lie within 0..Q.
+        """
+        _check_range("rows", start, stop, self.shape[2])
+        return self._mixed(self.source.rows(start, stop))
+
+    def columns_with_softmax(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Columns of the applied map and of the softmax underneath (the same tensor where they are the same map)."""
+        _check_range("columns", start, stop, self.shape[3])
+        columns = self.source.columns(start, stop)
+        if self.origin is not None:
+            return columns, self.origin.columns(start, stop)
+        return self._mixed(columns), columns
+
+    def select(self, start: int, stop: int) -> AttentionMap:
+        """The same layer for images start..stop-1."""
+        origin = None if self.origin is None else self.origin.select(start, stop)
+        return replace(self, source=self.source.select(start, stop), origin=origin)
+
+    def _mixed(self, part: Tensor) -> Tensor:
+        return part if self.mix is None else self.mix(part)
+
+
+def concatenate(maps: Sequence[AttentionMap]) -> AttentionMap:
+    """One layer's maps of consecutive batches as one map of all their images."""
+    first = maps[0]
+    if len(maps) == 1:
+        return first
+    if not all(_same_mix(item.mix, first.mix) for item in maps):  # batch statistics: each batch mixes in its own way
+        applied = Stored(torch.cat([item.materialize() for item in maps]))
+        softmaxes = _concatenate_sources([item.softmax.source for item in maps])
+        return replace(first, source=applied, mix=None, origin=softmaxes)
+    origins = [item.origin for item in maps if item.origin is not None]
+    return replace(
+        first,
+        source=_concatenate_sources([item.source for item in maps]),
+        origin=_concatenate_sources(origins) if origins else None,
+    )
+
+
+def _concatenate_sources(sources: Sequence[Source]) -> Source:
+    query_keys = [source for source in sources if isinstance(source, QueryKey)]
+    if len(query_keys) < len(sources):
+        return Stored(torch.cat([source.rows(0, source.shape[2]) for source in sources]))
+    normalizers = [source.log_normalizer for source in query_keys if source.log_normalizer is not None]
+    return replace(
+        query_keys[0],
+        q=torch.cat([source.q for source in query_keys]),
+        k=torch.cat([source.k for source in query_keys]),
+        bias=_concatenate_biases(query_keys),
+        log_normalizer=torch.cat(normalizers) if len(normalizers) == len(sources) else None,
+    )
+
+
+def _concatenate_biases(sources: Sequence[QueryKey]) -> Tensor | None:
+    biases = [source.bias for source in sources if source.bias is not None]
+    if not biases or (all(torch.equal(bias, biases[0]) for bias in biases) and biases[0].shape[0] == 1):
+        return biases[0] if biases else None
+    return torch.cat([bias.expand(source.shape[0], -1, -1, -1) for bias, source in zip(biases, sources, strict=True)])
+
+
+def _same_mix(one: HeadMix | None, other: HeadMix | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one is other or (torch.equal(one.weight, other.weight) and torch.equal(one.bias, other.bias))
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    # A fully masked row softmaxes to NaN; fused kernels answer zeros, and so do we.
+    masked = (logits == -torch.inf).all(-1, keepdim=True)
+    return logits.softmax(-1).masked_fill(masked, 0.0)
+
+
+def _check_range(what: str, start: int, stop: int, size: int) -> None:
+    if not 0 <= start <= stop <= size:
+        raise IndexError(f"{what}({start}, {stop}) is out of range: this map has {size} {what}")

@@ -1,0 +1,33 @@
+"""What the tokens of a model are: how many prefix tokens, and on which grid the patches lie."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from collapse_probe.capture.attention_map import TokenLayout
+
+
+def token_layout(model: nn.Module, keys: int, image_size: tuple[int, int] | None = None) -> TokenLayout:
+    """The layout of `keys` key tokens: from the model's own attributes (timm's `num_prefix_tokens`,
+    `patch_embed.patch_size`) where they fit, otherwise the one reading under which the patches form a square."""
+    stated = getattr(model, "num_prefix_tokens", None)
+    for prefix in (stated,) if isinstance(stated, int) else (0, 1):
+        grid = _grid(model, keys - prefix, image_size)
+        if grid is not None:
+            return TokenLayout(prefix, grid)
+    return TokenLayout(stated if isinstance(stated, int) and stated < keys else 0)
+
+
+def _grid(model: nn.Module, patches: int, image_size: tuple[int, int] | None) -> tuple[int, int] | None:
+    embed = getattr(model, "patch_embed", None)
+    patch = getattr(embed, "patch_size", None)
+    candidates = [getattr(embed, "grid_size", None)]
+    if image_size is not None and isinstance(patch, (tuple, list)) and len(patch) == 2 and all(patch):
+        candidates.insert(0, (image_size[0] // patch[0], image_size[1] // patch[1]))
+    for candidate in candidates:
+        if candidate is not None and len(candidate) == 2 and math.prod(candidate) == patches:
+            return int(candidate[0]), int(candidate[1])
+    side = math.isqrt(max(patches, 0))
+    return (side, side) if side > 0 and side * side == patches else None

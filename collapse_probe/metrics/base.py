@@ -1,0 +1,130 @@
+"""What the metrics on layer groups have in common: states that merge by sum, fed tile by tile."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from collapse_probe.errors import UsageError
+from collapse_probe.metrics.tiles import GroupShape, MapLike, Tile, as_maps, group_shape, image_blocks, tiles
+
+Maps = Tensor | Sequence[Tensor | MapLike] | Mapping[str, MapLike]
+
+
+class TileMetric(Metric):
+    """A metric over the maps of one layer group.
+
+    States are float64 sums over images: batches, workers and ranks merge to the same answer. They keep float64 through
+    `.to(torch.bfloat16)`, `.half()` and `set_dtype`, and lie on the CPU where a device has no float64.
+
+    Args:
+        prefix_tokens: leading key tokens that are not patches; only for maps given as tensors, since an
+            `AttentionMap` knows its own.
+        tile_bytes: aimed-at size of the columns that are in memory at once; results do not depend on it.
+        kwargs: passed to `torchmetrics.Metric`.
+    """
+
+    images: Tensor
+
+    is_differentiable = False
+    full_state_update = False
+
+    def __init__(self, *, prefix_tokens: int = 0, tile_bytes: int | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.prefix_tokens, self.tile_bytes = prefix_tokens, tile_bytes
+        self.group: GroupShape | None = None
+        # A scalar zero is neutral under summation with a state of any shape: ranks without images merge.
+        self.add_state("images", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, maps: Maps) -> None:
+        """Add a batch.
+
+        Args:
+            maps: the maps of L comparable layers: `[L, B, H, Q, K]`, a sequence of L tensors or `AttentionMap`s
+                `[B, H, Q, K]`, or a capture's `maps`.
+
+        Raises:
+            UsageError: the maps differ in shape among each other or from those of earlier batches.
+        """
+        feed([self], as_maps(maps, self.prefix_tokens), self.tile_bytes)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The readings: see the class."""
+        return self.results()
+
+    def open_group(self, group: GroupShape) -> None:
+        """Learn the sizes, or check them against what is known, and make room for the states."""
+        if self.group is not None and self.group != group:
+            raise UsageError(f"this metric has seen maps of {self.group}; it cannot add {group}.")
+        self.group = group
+        for name, shape in self.state_shapes(group).items():
+            state = getattr(self, name)
+            if state.shape != torch.Size(shape):
+                setattr(self, name, torch.zeros(shape, dtype=state.dtype, device=state.device))
+
+    def finish_block(self, images: int) -> None:
+        """All tiles of a block of images were seen: fold what was gathered into the states."""
+        self.images += images
+        self.fold(images)
+
+    @abstractmethod
+    def results(self) -> dict[str, Tensor]:
+        """The readings from the states as they are; empty before the first image."""
+
+    @abstractmethod
+    def state_shapes(self, group: GroupShape) -> dict[str, tuple[int, ...]]:
+        """Shapes of the states for a group of these sizes."""
+
+    @abstractmethod
+    def see(self, tile: Tile) -> None:
+        """Gather what this metric needs of a tile. Raw softmax columns must be read before `tile.columns`."""
+
+    @abstractmethod
+    def fold(self, images: int) -> None:
+        """Add what was gathered over a block's tiles to the states."""
+
+    def add_sum(self, *names: str, dtype: torch.dtype = torch.float64) -> None:
+        """Declare states that merge by sum."""
+        for name in names:
+            self.add_state(name, torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
+
+    def state_bytes(self) -> int:
+        """Memory that the sums take; it does not grow with the number of images."""
+        return sum(getattr(self, name).nbytes for name in self._defaults)
+
+    def set_dtype(self, dst_type: str | torch.dtype) -> TileMetric:  # noqa: ARG002
+        """Sums stay in float64: a lower precision would lose what they were kept for."""
+        return self
+
+    def reset(self) -> None:
+        """Forget everything, the group's sizes too."""
+        super().reset()
+        self.group = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> TileMetric:
+        def move(tensor: Tensor) -> Tensor:
+            device = fn(torch.empty(0, device=tensor.device)).device
+            return tensor if device.type == "mps" else tensor.to(device)
+
+        super()._apply(move, exclude_state)
+        return self
+
+
+def feed(metrics: Sequence[TileMetric], maps: Sequence[MapLike], tile_bytes: int | None = None) -> None:
+    """Show every tile of a batch to every metric: columns are produced once for all of them."""
+    group = group_shape(maps)
+    # States made under inference mode could not be added to outside it, so updates run with it off.
+    with torch.inference_mode(False), torch.no_grad():
+        for metric in metrics:
+            metric.open_group(group)
+        for block in image_blocks(maps):
+            for tile in tiles(block, tile_bytes):
+                for metric in metrics:
+                    metric.see(tile)
+            for metric in metrics:
+                metric.finish_block(block[0].shape[0])

@@ -1,0 +1,335 @@
+"""Similarity of attention maps across layers, streamed: M and its parts with standard errors.
+
+DeepViT (Zhou et al., arXiv 2103.11886), equation 2. The centred and image-independent parts are this project's own: see
+the module's functions in `collapse_probe.metrics.functional.cross_layer` for their definitions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from collapse_probe.metrics.base import TileMetric
+from collapse_probe.metrics.functional.columns import MIN_VARIATION
+from collapse_probe.metrics.functional.ratio import HISTOGRAM_BINS
+from collapse_probe.metrics.image_pairs import PairSums, pair_sums
+from collapse_probe.metrics.moments import mean_and_error, moments
+from collapse_probe.metrics.tiles import BLOCK, GroupShape, Tile
+
+#: Largest state, in bytes, with which the image-independent part is summed exactly over all pairs of images.
+PAIR_BUDGET = 256 << 20
+
+PARTS = ("prefix", "patch")
+
+
+@dataclass
+class _Gathered:
+    """Sums over the tiles seen so far of one block of B images; the first axis is the part of the keys."""
+
+    values: Tensor  # [2 readings, parts, B, L, L]
+    counts: Tensor  # the same
+    variation: Tensor  # [parts, B, L]
+    variation_counts: Tensor
+    crossed: Tensor  # [parts, B, B, L, L]: products of layer p's columns on image b with layer q's on image b'
+    crossed_counts: Tensor
+
+
+class CrossLayerSimilarity(TileMetric):
+    r"""Cosine similarity of attention columns between all pairs of layers, over any number of images.
+
+    .. math:: M^{p,q}_{h,t} = \frac{\langle A^p_{h,:,t}, A^q_{h,:,t}\rangle}{|A^p_{h,:,t}|\,|A^q_{h,:,t}|}
+
+    `compute()` returns a dictionary of float64 tensors, with L layers, H heads, K keys; means pool images, heads and
+    tokens, and leave absent columns out:
+
+    - ``similarity`` `[L, L]`: mean M, in -1..1 (0..1 for probabilities);
+    - ``centred`` `[L, L]`: mean cosine of the columns after subtracting their means (what uniform attention does not
+      explain), and ``centred_absent``, the share of columns for which it is undefined;
+    - ``image_independent`` `[L, L]`: mean M between layer p on one image and layer q on another;
+    - ``excess`` `[L, L]`: M minus that part;
+    - ``variation`` `[L]`: mean relative variation r of a column, 0 for uniform attention;
+    - each of these with its standard error over images as ``<name>_se``, and, where the keys hold both prefix tokens
+      and patches, for either alone as ``<name>_prefix`` and ``<name>_patch`` (``<name>_se_prefix``…);
+    - ``similarity_by_head``, ``centred_by_head`` `[L, L, H]`, ``similarity_by_token``, ``centred_by_token``
+      `[L, L, K]`, and ``image_independent_by_head`` / ``_by_token`` where all pairs were summed;
+    - ``histogram`` `[L, L, bins]`: counts of M, 400 equal bins over -1..1;
+    - ``zero_columns``, ``nonfinite_columns`` `[L]`: columns left out because they are zero or not finite.
+
+    Images are taken in blocks of four in the order in which they come; pairs of images within complete blocks give the
+    standard errors of the image-independent part and the excess, which are absent (NaN) below eight images.
+
+    Args:
+        min_variation: smallest relative variation at which the centred similarity is defined.
+        pair_budget: bytes; up to this size of the state the image-independent part is summed exactly over all pairs of
+            images, beyond it over the pairs within blocks.
+        kwargs: see :class:`TileMetric`.
+
+    Example:
+        >>> import torch
+        >>> metric = CrossLayerSimilarity()
+        >>> metric.update(torch.rand(2, 8, 3, 5, 5).softmax(-1))
+        >>> metric.compute()["similarity"].shape
+        torch.Size([2, 2])
+    """
+
+    reading_moments: Tensor
+    variation_moments: Tensor
+    by_head: Tensor
+    by_token: Tensor
+    by_head_counts: Tensor
+    by_token_counts: Tensor
+    unit_sum: Tensor
+    unit_level_sum: Tensor
+    unit_counts: Tensor
+    pair_sums: Tensor
+    histogram: Tensor
+    zero_columns: Tensor
+    nonfinite_columns: Tensor
+
+    def __init__(self, *, min_variation: float = MIN_VARIATION, pair_budget: int = PAIR_BUDGET, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.min_variation, self.pair_budget = min_variation, pair_budget
+        self.add_sum("reading_moments", "variation_moments", "by_head", "by_token", "by_head_counts", "by_token_counts")
+        self.add_sum("unit_sum", "unit_level_sum", "unit_counts", "pair_sums")
+        self.add_sum("histogram", "zero_columns", "nonfinite_columns", dtype=torch.int64)
+        self._gathered: _Gathered | None = None
+
+    @property
+    def all_pairs(self) -> bool:
+        """Whether the image-independent part is summed over all pairs of images (else over pairs within blocks)."""
+        group = self.group
+        if group is None:
+            return True
+        return 8 * group.layers * group.heads * group.keys * group.queries <= self.pair_budget
+
+    def state_shapes(self, group: GroupShape) -> dict[str, tuple[int, ...]]:
+        layers, heads, keys = group.layers, group.heads, group.keys
+        pair = (layers, layers)
+        reported = _reported(group)
+        shapes: dict[str, tuple[int, ...]] = {
+            "reading_moments": (2, 5, reported, *pair),
+            "variation_moments": (5, reported, layers),
+            "by_head": (2, heads, *pair),
+            "by_head_counts": (2, heads, *pair),
+            "by_token": (2, keys, *pair),
+            "by_token_counts": (2, keys, *pair),
+            "pair_sums": (len(PairSums._fields), reported, *pair),
+            "histogram": (layers * layers * HISTOGRAM_BINS + 1,),
+            "zero_columns": (layers,),
+            "nonfinite_columns": (layers,),
+        }
+        if self.all_pairs:
+            shapes["unit_sum"] = (layers, heads, keys, group.queries)
+            shapes["unit_level_sum"] = shapes["unit_counts"] = (layers, heads, keys)
+        return shapes
+
+    # -- one tile ----------------------------------------------------------------------------------------------------
+
+    def see(self, tile: Tile) -> None:
+        columns = tile.columns
+        deviation = columns.deviation
+        layers, images, heads, width, queries = deviation.shape
+        flat = deviation.reshape(layers, -1, queries).transpose(0, 1)
+        centred = torch.bmm(flat, flat.mT)
+        level = columns.level.reshape(layers, -1).T
+        similarity = torch.baddbmm(centred, level[:, :, None], level[:, None, :]).clamp_(-1, 1)
+        defined = columns.centred_exists(self.min_variation)
+        inverse = columns.variation.reciprocal().masked_fill_(~defined, 0.0).reshape(layers, -1).T
+        centred.mul_(inverse[:, :, None]).mul_(inverse[:, None, :]).clamp_(-1, 1)
+
+        gathered = self._gathered = self._gathered or self._empty(images)
+        by_column = (images, heads, width, layers, layers)
+        for reading, (values, exists) in enumerate(((similarity, columns.exists), (centred, defined))):
+            self._add_reading(gathered, reading, tile, values.view(by_column), exists)
+        self._add_variation(gathered, tile, columns.variation, columns.exists)
+        self._add_histogram(similarity, columns.exists)
+        self.zero_columns += self._here((columns.finite & ~columns.exists).sum((1, 2, 3)))
+        self.nonfinite_columns += self._here((~columns.finite).sum((1, 2, 3)))
+        self._add_pairs(gathered, tile)
+
+    def _add_reading(self, gathered: _Gathered, reading: int, tile: Tile, values: Tensor, exists: Tensor) -> None:
+        values, weight = self._wide(values), self._wide(exists)
+        tokens = slice(tile.start, tile.stop)
+        gathered.values[reading, tile.part] += values.sum((1, 2))
+        over_images = values.sum(0)
+        self.by_head[reading] += over_images.sum(1)
+        self.by_token[reading, tokens] += over_images.sum(0)
+        gathered.counts[reading, tile.part] += torch.einsum("pbhk,rbhk->bpr", weight, weight)
+        self.by_head_counts[reading] += torch.einsum("pbhk,rbhk->hpr", weight, weight)
+        self.by_token_counts[reading, tokens] += torch.einsum("pbhk,rbhk->kpr", weight, weight)
+
+    def _add_variation(self, gathered: _Gathered, tile: Tile, variation: Tensor, exists: Tensor) -> None:
+        counted = variation.masked_fill(~exists, 0.0)
+        gathered.variation[tile.part] += self._wide(counted).sum((2, 3)).T
+        gathered.variation_counts[tile.part] += self._wide(exists).sum((2, 3)).T
+
+    def _add_histogram(self, similarity: Tensor, exists: Tensor) -> None:
+        layers = similarity.shape[-1]
+        bins = ((similarity + 1) * (HISTOGRAM_BINS / 2)).long().clamp_(0, HISTOGRAM_BINS - 1)
+        pairs = torch.arange(layers * layers, device=bins.device).view(layers, layers)
+        bins += pairs * HISTOGRAM_BINS
+        if not exists.all():  # absent columns are counted in a bin of their own, behind all others
+            both = exists.reshape(layers, -1).T
+            bins.masked_fill_(~(both[:, :, None] & both[:, None, :]), layers * layers * HISTOGRAM_BINS)
+        self.histogram += self._here(bins.flatten().bincount(minlength=self.histogram.numel()))
+
+    def _add_pairs(self, gathered: _Gathered, tile: Tile) -> None:
+        """Sum unit columns over images, and multiply them between the images of a complete block."""
+        columns = tile.columns
+        layers, images = columns.level.shape[:2]
+        tokens = slice(tile.start, tile.stop)
+        if self.all_pairs:
+            self.unit_sum[:, :, tokens] += self._here(columns.deviation.sum(1))
+            self.unit_level_sum[:, :, tokens] += self._here(columns.level.sum(1))
+            self.unit_counts[:, :, tokens] += self._here(columns.exists.sum(1))
+        if images == BLOCK:
+            for target, parts in (
+                (gathered.crossed, (columns.deviation, columns.level)),
+                (gathered.crossed_counts, (columns.exists.to(columns.level.dtype),)),
+            ):
+                for part in parts:
+                    rows = part.reshape(layers * images, -1)
+                    gram = self._wide(rows @ rows.T).view(layers, images, layers, images)
+                    target[tile.part] += gram.permute(1, 3, 0, 2)
+
+    # -- one block of images -----------------------------------------------------------------------------------------
+
+    def fold(self, images: int) -> None:
+        gathered = self._gathered
+        assert gathered is not None
+        assert self.group is not None
+        self._gathered = None
+        columns = self.group.heads * self.group.keys  # divides sums, so that moments stay of the order of 1
+        for reading in range(2):
+            values, counts = _with_total(gathered.values[reading], 0), _with_total(gathered.counts[reading], 0)
+            self.reading_moments[reading] += moments(values.transpose(0, 1) / columns, counts.transpose(0, 1) / columns)
+        variation, counts = _with_total(gathered.variation, 0), _with_total(gathered.variation_counts, 0)
+        self.variation_moments += moments(variation.transpose(0, 1) / columns, counts.transpose(0, 1) / columns)
+        if images == BLOCK:
+            crossed, crossed_counts = _with_total(gathered.crossed, 0), _with_total(gathered.crossed_counts, 0)
+            same, same_counts = _with_total(gathered.values[0], 0), _with_total(gathered.counts[0], 0)
+            self.pair_sums += torch.stack(pair_sums(crossed, crossed_counts, same / same_counts))
+
+    # -- results -----------------------------------------------------------------------------------------------------
+
+    def results(self) -> dict[str, Tensor]:
+        if self.group is None:
+            return {}
+        out = self._readings() | self._by_head_and_token()
+        layers = self.group.layers
+        out["histogram"] = self.histogram[:-1].view(layers, layers, HISTOGRAM_BINS).clone()
+        out["zero_columns"], out["nonfinite_columns"] = self.zero_columns.clone(), self.nonfinite_columns.clone()
+        return out
+
+    def largest_neighbour_error(self) -> float:
+        """Largest standard error of M between neighbouring layers; infinite while it is not known, 0 for one layer."""
+        if self.group is None:
+            return torch.inf
+        _, error = mean_and_error(self.reading_moments[0, :, 0], float(self.images))
+        return float(error.diagonal(offset=1).nan_to_num(torch.inf).max()) if self.group.layers > 1 else 0.0
+
+    def _readings(self) -> dict[str, Tensor]:
+        assert self.group is not None
+        images = float(self.images)
+        similarity, similarity_se = mean_and_error(self.reading_moments[0], images)
+        centred, centred_se = mean_and_error(self.reading_moments[1], images)
+        variation, variation_se = mean_and_error(self.variation_moments, images)
+        pairs = PairSums(*self.pair_sums)
+        if self.all_pairs:
+            independent = self._all_pairs_mean()
+            errors = pairs.errors_of_all_pairs(images, similarity_se)
+        else:
+            independent, errors = pairs.mean(), pairs.errors_of_blocks()
+        readings = {
+            "similarity": similarity,
+            "similarity_se": similarity_se,
+            "centred": centred,
+            "centred_se": centred_se,
+            "centred_absent": 1 - self.reading_moments[1, 1] / self.reading_moments[0, 1],
+            "image_independent": independent,
+            "image_independent_se": errors[0],
+            "excess": similarity - independent,
+            "excess_se": errors[1],
+            "variation": variation,
+            "variation_se": variation_se,
+        }
+        suffixes = ("",) if self.group.parts == 1 else ("", *(f"_{part}" for part in PARTS))
+        return {f"{name}{end}": value[i] for name, value in readings.items() for i, end in enumerate(suffixes)}
+
+    def _by_head_and_token(self) -> dict[str, Tensor]:
+        out = {}
+        for axis, sums, counts in (
+            ("head", self.by_head, self.by_head_counts),
+            ("token", self.by_token, self.by_token_counts),
+        ):
+            means = (sums / counts).permute(0, 2, 3, 1)
+            out[f"similarity_by_{axis}"], out[f"centred_by_{axis}"] = means[0], means[1]
+        if self.all_pairs:
+            crossed, pairs = self._crossed()
+            for axis, other, sums, counts in (
+                ("head", -1, self.by_head, self.by_head_counts),
+                ("token", -2, self.by_token, self.by_token_counts),
+            ):
+                numerator = crossed.sum(other) - sums[0].permute(1, 2, 0)
+                denominator = pairs.sum(other) - counts[0].permute(1, 2, 0)
+                out[f"image_independent_by_{axis}"] = _ratio(numerator, denominator)
+        return out
+
+    def _all_pairs_mean(self) -> Tensor:
+        """The image-independent part over all ordered pairs of different images, for all keys and for each part."""
+        assert self.group is not None
+        crossed, pairs = self._crossed()
+        numerator = crossed.sum(2) - self.by_token[0].permute(1, 2, 0)
+        denominator = pairs.sum(2) - self.by_token_counts[0].permute(1, 2, 0)
+        edges = (self.group.prefix_tokens,) if self.group.parts == 2 else ()
+        split = [
+            torch.stack([part.sum(-1) for part in total.tensor_split(edges, -1)]) for total in (numerator, denominator)
+        ]
+        return _ratio(_with_total(split[0], 0), _with_total(split[1], 0))
+
+    def _crossed(self) -> tuple[Tensor, Tensor]:
+        """Products of summed unit columns, and how many pairs of images they hold: `[L, L, H, K]` each."""
+        crossed = torch.einsum("phkq,rhkq->prhk", self.unit_sum, self.unit_sum)
+        crossed += torch.einsum("phk,rhk->prhk", self.unit_level_sum, self.unit_level_sum)
+        return crossed, torch.einsum("phk,rhk->prhk", self.unit_counts, self.unit_counts)
+
+    # -- helpers -----------------------------------------------------------------------------------------------------
+
+    def _empty(self, images: int) -> _Gathered:
+        group = self.group
+        assert group is not None
+        pair = (group.layers, group.layers)
+        zeros = self.images.new_zeros
+        return _Gathered(
+            values=zeros(2, group.parts, images, *pair),
+            counts=zeros(2, group.parts, images, *pair),
+            variation=zeros(group.parts, images, group.layers),
+            variation_counts=zeros(group.parts, images, group.layers),
+            crossed=zeros(group.parts, images, images, *pair),
+            crossed_counts=zeros(group.parts, images, images, *pair),
+        )
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.images.device)
+
+    def _wide(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.images.device, torch.float64)
+
+
+def _reported(group: GroupShape) -> int:
+    """All keys, and either part alone where there are two."""
+    return 1 if group.parts == 1 else 3
+
+
+def _with_total(parts: Tensor, axis: int) -> Tensor:
+    """The sum over parts in front of the parts; a single part is its own total."""
+    if parts.shape[axis] == 1:
+        return parts
+    return torch.cat([parts.sum(axis, keepdim=True), parts], dim=axis)
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    return torch.where(denominator > 0, numerator / denominator, torch.nan)

@@ -1,0 +1,335 @@
+"""The streaming metrics: naive references, and that no split, order, merge, dtype or device move changes a result."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from _reference import (
+    _reference_centred,
+    _reference_cross_head,
+    _reference_entropy,
+    _reference_image_independent,
+    _reference_similarity,
+    _reference_variation,
+    peaked_maps,
+)
+
+from collapse_probe.errors import UsageError
+from collapse_probe.metrics import AttentionEntropy, CrossHeadSimilarity, CrossLayerSimilarity
+from collapse_probe.metrics.base import feed
+from collapse_probe.metrics.tiles import TensorMap
+
+METRICS = [CrossLayerSimilarity, CrossHeadSimilarity, AttentionEntropy]
+MAPS = torch.tensor(peaked_maps(images=12))
+every_metric = pytest.mark.parametrize("metric_class", METRICS)
+
+
+def run(metric_class, *batches, **kwargs):
+    metric = metric_class(prefix_tokens=1, **kwargs)
+    for batch in batches:
+        metric.update(batch)
+    return metric.compute()
+
+
+def assert_same(one, other, atol=1e-12, but=()):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        if name not in but:
+            torch.testing.assert_close(
+                value, other[name], atol=atol, rtol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+def standard_error(per_image):
+    return np.std(per_image, axis=0, ddof=1) / np.sqrt(len(per_image))
+
+
+# -- references ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("negative", [False, True])
+def test_cross_layer_against_loops(negative):
+    maps = peaked_maps(images=8, negative=negative)
+    out = {key: value.numpy() for key, value in run(CrossLayerSimilarity, torch.tensor(maps)).items()}
+    m, c, i = _reference_similarity(maps), _reference_centred(maps), _reference_image_independent(maps)
+    close = lambda name, expected: np.testing.assert_allclose(out[name], expected, atol=1e-12, err_msg=name)  # noqa: E731
+    for suffix, keys in (("", slice(None)), ("_prefix", slice(0, 1)), ("_patch", slice(1, None))):
+        close(f"similarity{suffix}", m[..., keys].mean((0, 3, 4)))
+        close(f"similarity_se{suffix}", standard_error(m[..., keys].mean((3, 4))))
+        close(f"centred{suffix}", c[..., keys].mean((0, 3, 4)))
+        close(f"centred_se{suffix}", standard_error(c[..., keys].mean((3, 4))))
+        close(f"image_independent{suffix}", i[..., keys].mean((2, 3)))
+        close(f"excess{suffix}", m[..., keys].mean((0, 3, 4)) - i[..., keys].mean((2, 3)))
+        assert (out[f"centred_absent{suffix}"] == 0).all()
+    close("similarity_by_head", m.mean((0, 4)))
+    close("similarity_by_token", m.mean((0, 3)))
+    close("centred_by_head", c.mean((0, 4)))
+    close("centred_by_token", c.mean((0, 3)))
+    close("image_independent_by_head", i.mean(3))
+    close("image_independent_by_token", i.mean(2))
+    r = np.array([[[[_reference_variation(h[:, t]) for t in range(7)] for h in b] for b in layer] for layer in maps])
+    close("variation", r.mean((1, 2, 3)))
+    close("variation_se", standard_error(r.mean((2, 3)).T))
+    edges = np.linspace(-1, 1, 401)
+    for p in range(3):
+        for q in range(3):
+            values = np.clip(m[:, p, q].ravel(), -1, 1 - 1e-9)
+            if p != q:
+                np.testing.assert_array_equal(out["histogram"][p, q], np.histogram(values, edges)[0])
+    assert out["histogram"].sum() == m.size
+
+
+def test_cross_head_against_loops():
+    maps = peaked_maps(images=6, heads=3)
+    out = run(CrossHeadSimilarity, torch.tensor(maps))
+    for layer in range(3):
+        reference = _reference_cross_head(maps[layer])
+        pairs = reference[:, [0, 0, 1], [1, 2, 2]].mean((1, 2))
+        np.testing.assert_allclose(out["cross_head_similarity"][layer], pairs.mean(), atol=1e-12)
+        np.testing.assert_allclose(out["cross_head_similarity_se"][layer], standard_error(pairs), atol=1e-12)
+        np.testing.assert_allclose(out["head_diversity"][layer], 1 - pairs.mean(), atol=1e-12)
+        np.testing.assert_allclose(out["cross_head_matrix"][layer], reference.mean((0, 3)), atol=1e-12)
+
+
+def test_entropy_against_loops():
+    maps = peaked_maps(images=6)
+    out = run(AttentionEntropy, torch.tensor(maps))
+    for layer in range(3):
+        reference = _reference_entropy(maps[layer])
+        np.testing.assert_allclose(out["entropy"][layer], reference.mean(), atol=1e-12)
+        np.testing.assert_allclose(out["normalized_entropy"][layer], reference.mean() / np.log(7), atol=1e-12)
+        np.testing.assert_allclose(out["entropy_se"][layer], standard_error(reference.mean((1, 2))), atol=1e-12)
+        np.testing.assert_allclose(out["entropy_by_head"][layer], reference.mean((0, 2)), atol=1e-12)
+
+
+def test_absent_columns_are_left_out_of_means_and_counted():
+    maps = peaked_maps(images=8)
+    maps[1, 2, 0, :, 3] = 0  # a token nobody attends to
+    maps[0, 5, 1, :, 4] = 0.25  # attended to uniformly: nothing is left when centred
+    maps[2, 6, 1, 0, 5] = np.nan
+    out = {key: value.numpy() for key, value in run(CrossLayerSimilarity, torch.tensor(maps)).items()}
+    with np.errstate(invalid="ignore"):
+        clean = np.where(np.isnan(maps).any(3, keepdims=True), 0.0, maps)  # the reference calls zero columns absent
+    m, c, i = _reference_similarity(clean), _reference_centred(clean), _reference_image_independent(clean)
+    np.testing.assert_allclose(out["similarity"], np.nanmean(m, (0, 3, 4)), atol=1e-12)
+    np.testing.assert_allclose(out["similarity_by_head"], np.nanmean(m, (0, 4)), atol=1e-12)
+    np.testing.assert_allclose(out["similarity_by_token"], np.nanmean(m, (0, 3)), atol=1e-12)
+    np.testing.assert_allclose(out["centred"], np.nanmean(c, (0, 3, 4)), atol=1e-12)
+    np.testing.assert_allclose(out["zero_columns"], [0, 1, 0])
+    np.testing.assert_allclose(out["nonfinite_columns"], [0, 0, 1])
+    weights = (~np.isnan(m)).sum((0, 3, 4))
+    np.testing.assert_array_equal(out["histogram"].sum(-1), weights)
+    np.testing.assert_allclose(out["centred_absent"], 1 - (~np.isnan(c)).sum((0, 3, 4)) / weights, atol=1e-12)
+    # pooled over every existing pair of columns of different images
+    pairs = np.zeros((3, 3))
+    total = np.zeros((3, 3))
+    exists = ~np.isnan(_reference_similarity(clean).diagonal(axis1=1, axis2=2))  # [b, h, t, l]
+    for p in range(3):
+        for q in range(3):
+            both = exists[..., p].sum(0) * exists[..., q].sum(0) - (exists[..., p] & exists[..., q]).sum(0)
+            pairs[p, q], total[p, q] = both.sum(), (both * i[p, q]).sum()
+    np.testing.assert_allclose(out["image_independent"], total / pairs, atol=1e-12)
+
+
+@every_metric
+def test_uniform_attention(metric_class):
+    out = run(metric_class, torch.full((2, 8, 2, 5, 5), 0.2, dtype=torch.float64))
+    if metric_class is CrossLayerSimilarity:
+        assert torch.allclose(out["similarity"], torch.ones(()).double())
+        assert out["centred"].isnan().all()
+        assert (out["centred_absent"] == 1).all()
+        assert torch.allclose(out["image_independent"], torch.ones(()).double())
+        assert out["image_independent_se"].abs().max() < 1e-7
+        assert (out["variation"] < 1e-12).all()
+    elif metric_class is CrossHeadSimilarity:
+        assert torch.allclose(out["head_diversity"], torch.zeros(()).double(), atol=1e-12)
+    else:
+        assert torch.allclose(out["normalized_entropy"], torch.ones(()).double())
+
+
+# -- conformance -----------------------------------------------------------------------------------------------------
+
+
+@every_metric
+@pytest.mark.parametrize("tile_bytes", [1, 1000, 5000, 1 << 30])
+def test_tile_size_changes_nothing(metric_class, tile_bytes):
+    assert_same(run(metric_class, MAPS), run(metric_class, MAPS, tile_bytes=tile_bytes))
+
+
+@every_metric
+def test_split_into_batches_of_whole_blocks_changes_nothing(metric_class):
+    assert_same(run(metric_class, MAPS), run(metric_class, *MAPS.split(4, dim=1)))
+
+
+@every_metric
+def test_any_split_changes_no_mean(metric_class):
+    """Only the errors that rest on blocks of images depend on which images share a block."""
+    blocks = {f"{name}_se{end}" for name in ("image_independent", "excess") for end in ("", "_prefix", "_patch")}
+    assert_same(run(metric_class, MAPS), run(metric_class, *MAPS.split([1, 5, 6], dim=1)), but=blocks)
+
+
+@every_metric
+def test_order_of_images_changes_no_mean(metric_class):
+    blocks = {f"{name}_se{end}" for name in ("image_independent", "excess") for end in ("", "_prefix", "_patch")}
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    assert_same(run(metric_class, MAPS), run(metric_class, MAPS[:, order]), but=blocks)
+
+
+@every_metric
+def test_states_merge_by_sum(metric_class):
+    one, other, unused = (metric_class(prefix_tokens=1) for _ in range(3))
+    one.update(MAPS[:, :8])
+    other.update(MAPS[:, 8:])
+    one.merge_state(other)
+    one.merge_state(unused)
+    assert_same(one.compute(), run(metric_class, MAPS))
+
+
+@every_metric
+def test_pickle_and_copy_in_mid_run(metric_class):
+    metric = metric_class(prefix_tokens=1)
+    metric.update(MAPS[:, :8])
+    for again in (pickle.loads(pickle.dumps(metric)), copy.deepcopy(metric)):
+        again.update(MAPS[:, 8:])
+        assert_same(again.compute(), run(metric_class, MAPS))
+
+
+@every_metric
+def test_reset_forgets_everything(metric_class):
+    metric = metric_class(prefix_tokens=1)
+    metric.update(torch.rand(2, 4, 1, 3, 3))
+    metric.reset()
+    metric.update(MAPS)
+    assert_same(metric.compute(), run(metric_class, MAPS))
+
+
+@every_metric
+def test_states_survive_inference_mode(metric_class):
+    metric = metric_class(prefix_tokens=1)
+    with torch.inference_mode():
+        metric.update(MAPS[:, :4].clone())
+    metric.update(MAPS[:, 4:8])
+    with torch.inference_mode():
+        metric.update(MAPS[:, 8:].clone())
+    assert_same(metric.compute(), run(metric_class, MAPS))
+
+
+@every_metric
+@pytest.mark.parametrize(
+    "demote",
+    [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.set_dtype(torch.float16), lambda m: m.float()],
+)
+def test_sums_are_not_demoted(metric_class, demote):
+    metric = metric_class(prefix_tokens=1)
+    metric.update(MAPS[:, :8])
+    demote(metric)
+    metric.update(MAPS[:, 8:])
+    assert_same(metric.compute(), run(metric_class, MAPS))
+
+
+@every_metric
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_narrow_input_is_measured_in_float32(metric_class, dtype):
+    narrow = MAPS.to(dtype)
+    got, expected = run(metric_class, narrow), run(metric_class, narrow.double())
+    wanted = {"histogram", "centred"} & got.keys()
+    assert_same(got, expected, atol=5e-6, but=wanted)
+    if "centred" in got:
+        torch.testing.assert_close(got["centred"], expected["centred"], atol=5e-6, rtol=0)
+
+
+@every_metric
+def test_maps_as_dictionary_sequence_and_tensor(metric_class):
+    layers = [TensorMap(layer, 1) for layer in MAPS]
+    expected = run(metric_class, MAPS)
+    assert_same(run(metric_class, layers), expected)
+    assert_same(run(metric_class, {str(i): layer for i, layer in enumerate(layers)}), expected)
+    assert_same(run(metric_class, list(MAPS)), expected)
+
+
+def test_metrics_that_share_tiles_see_the_same():
+    metrics = [
+        metric_class(prefix_tokens=1) for metric_class in (AttentionEntropy, CrossLayerSimilarity, CrossHeadSimilarity)
+    ]
+    feed(metrics, [TensorMap(layer, 1) for layer in MAPS], tile_bytes=3000)
+    for metric in metrics:
+        assert_same(metric.results(), run(type(metric), MAPS))
+
+
+@every_metric
+def test_wrong_maps(metric_class):
+    metric = metric_class()
+    metric.update(MAPS)
+    with pytest.raises(UsageError, match="it cannot add"):
+        metric.update(torch.rand(3, 2, 2, 6, 6))
+    with pytest.raises(UsageError, match="agree in shape"):
+        metric_class().update([torch.rand(1, 2, 4, 4), torch.rand(1, 2, 5, 5)])
+    with pytest.raises(UsageError, match=r"\[L, B, H, Q, K\]"):
+        metric_class().update(torch.rand(2, 2, 6, 6))
+    with pytest.raises(UsageError, match="at least one layer"):
+        metric_class().update([])
+
+
+# -- standard errors -------------------------------------------------------------------------------------------------
+
+
+def _images_with_own_character(rng, images):
+    """Maps whose images differ in how strongly they follow what all share: their tokens are far from independent."""
+    layers, heads, tokens = 2, 2, 5
+    shared = np.random.default_rng(0).normal(size=(layers, 1, heads, tokens, tokens)) * 1.5
+    strength = rng.normal(1, 0.4, size=(1, images, 1, 1, 1))
+    noise = np.exp(rng.normal(size=(1, images, 1, 1, 1)) * 0.5)
+    logits = shared * strength + rng.normal(size=(layers, images, heads, tokens, tokens)) * noise
+    return torch.tensor(np.exp(logits)).double()
+
+
+@pytest.mark.parametrize("pair_budget", [1 << 28, 0])
+def test_standard_errors_are_those_of_repeated_experiments(pair_budget):
+    rng = np.random.default_rng(3)
+    names = ("similarity", "image_independent", "excess", "centred")
+    values, errors = [], []
+    for _ in range(150):
+        out = run_plain(_images_with_own_character(rng, 40), pair_budget)
+        values.append([float(out[name][0, 1]) for name in names])
+        errors.append([float(out[f"{name}_se"][0, 1]) for name in names])
+    spread = np.std(values, axis=0, ddof=1)
+    stated = np.sqrt(np.mean(np.square(errors), axis=0))
+    # 150 repetitions know a spread to about 6 %; treating the part as constant would be wrong by a factor
+    np.testing.assert_allclose(stated / spread, 1, atol=0.25)
+
+
+def run_plain(maps, pair_budget):
+    metric = CrossLayerSimilarity(pair_budget=pair_budget)
+    metric.update(maps / maps.sum(-1, keepdim=True))
+    return metric.compute()
+
+
+def test_pairs_within_blocks_by_hand():
+    maps = peaked_maps(images=8)
+    out = run(CrossLayerSimilarity, torch.tensor(maps), pair_budget=0)
+    blocks = [_reference_image_independent(maps[:, start : start + 4]).mean((2, 3)) for start in (0, 4)]
+    np.testing.assert_allclose(out["image_independent"], np.mean(blocks, axis=0), atol=1e-12)
+    np.testing.assert_allclose(out["image_independent_se"], standard_error(blocks), atol=1e-12)
+    assert "image_independent_by_head" not in out
+
+
+def test_both_ways_agree_on_many_images():
+    maps = torch.tensor(peaked_maps(images=64))
+    exact, blocks = run(CrossLayerSimilarity, maps), run(CrossLayerSimilarity, maps, pair_budget=0)
+    difference = (exact["image_independent"] - blocks["image_independent"]).abs()
+    assert (difference <= 4 * blocks["image_independent_se"] + 1e-9).all()
+    assert (difference[0, 1] > 0).all()
+
+
+def test_errors_are_absent_where_they_cannot_be_known():
+    few = run(CrossLayerSimilarity, MAPS[:, :4])
+    assert few["image_independent_se"].isnan().all()
+    assert few["image_independent"].isfinite().all()
+    single = run(CrossLayerSimilarity, MAPS[:, :1])
+    assert single["similarity_se"].isnan().all()
+    assert single["image_independent"].isnan().all()
+    assert single["similarity"].isfinite().all()

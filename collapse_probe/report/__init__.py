@@ -1,0 +1,12 @@
+"""An :class:`~collapse_probe.result.Analysis` for readers: terminal summary, notebook view, self-contained HTML file.
+
+All three lead with the verdict and end with what was not measured. None of them needs torch or the network.
+"""
+
+from __future__ import annotations
+
+from collapse_probe.report.html import render_html, write_report
+from collapse_probe.report.notebook import to_html
+from collapse_probe.report.terminal import print_summary
+
+__all__ = ["print_summary", "render_html", "to_html", "write_report"]

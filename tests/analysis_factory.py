@@ -1,0 +1,158 @@
+"""Synthetic analyses with plausible numbers, for everything that renders one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from collapse_probe.result import Analysis, Finding, Group
+
+PROVENANCE = {
+    "model": {
+        "architecture": "deit_tiny_patch16_224",
+        "source": "weights/deit_tiny_patch16_224.safetensors",
+        "parameters": 5_717_416,
+        "weights": {"format": "safetensors", "sha256": "0f2c6b1e" * 8, "dtype": "float32", "tensors": 152},
+    },
+    "images": {"count": 50, "kind": "folder", "skipped": [{"path": "broken.jpg", "reason": "truncated file"}]},
+    "options": {"batch_size": 8, "seed": 0},
+    "versions": {"collapse-probe": "0.1.0", "torch": "2.6.0", "timm": "1.0.15"},
+    "command": "collapse-probe analyze deit_tiny_patch16_224.safetensors --images val/",
+    "seconds": 12.3,
+    "device": "cpu",
+}
+
+FINDINGS = [
+    Finding(
+        "similar-blocks",
+        "warning",
+        "Attention of 2 of 11 blocks repeats the block before, from block 10 on.",
+        "M 0.80 ± 0.01 and 0.89 ± 0.01 at blocks 10 and 11; excess 0.03 ± 0.01 and 0.08 ± 0.01",
+        "M above 0.75",
+        "ours, calibrated on 12 trained models",
+        "Try re-attention, or share attention between blocks 9 to 11 to save compute.",
+        ("blocks.10.attn", "blocks.11.attn"),
+    ),
+    Finding(
+        "heads-diverse",
+        "ok",
+        "Heads look at different tokens.",
+        "head diversity 0.42 to 0.71",
+        "mean above 0.3",
+        "ours",
+        "",
+    ),
+]
+
+
+def make_analysis(
+    layers: int = 12, heads: int = 3, grid: tuple[int, int] | None = (14, 14), prefix: int = 1
+) -> Analysis:
+    """One group of token attention in a ViT whose later blocks grow alike."""
+    group = make_group("A", [f"blocks.{i}.attn" for i in range(layers)], heads, grid, prefix)
+    return Analysis(make_table(group), [group], list(FINDINGS), dict(PROVENANCE))
+
+
+def two_groups() -> Analysis:
+    """Ten layers of token attention, then two of class attention that must not be compared with them."""
+    first = make_group("A", [f"blocks.{i}.attn" for i in range(10)], 3, (14, 14), 0)
+    second = make_group("B", [f"blocks_token_only.{i}.attn" for i in range(2)], 3, (14, 14), 1, kind="class", queries=1)
+    table = pd.concat([make_table(first), make_table(second)])
+    return Analysis(table, [first, second], list(FINDINGS), dict(PROVENANCE))
+
+
+def all_nan(analysis: Analysis, *readings: str) -> Analysis:
+    """The same analysis with these readings undefined everywhere."""
+    for group in analysis.groups:
+        for matrices in group.matrices.values():
+            for reading in readings:
+                matrices[reading] = np.full_like(matrices[reading], np.nan)
+    for reading in readings:
+        name = "similarity_to_previous" if reading == "similarity" else f"{reading}_to_previous"
+        analysis.layers[[name, f"{name}_se"]] = np.nan
+    return analysis
+
+
+def make_group(
+    name: str,
+    layers: list[str],
+    heads: int,
+    grid: tuple[int, int] | None,
+    prefix: int,
+    kind: str = "token",
+    queries: int | None = None,
+) -> Group:
+    count = len(layers)
+    patches = grid[0] * grid[1] if grid else 100
+    keys = prefix + patches
+    matrices = {"all": _readings(count)}
+    if prefix and grid:
+        matrices.update(prefix=_readings(count, 0.1), patch=_readings(count, -0.02))
+    mean = matrices["all"]["similarity"]
+    by_head = mean[..., None] + np.linspace(-0.1, 0.1, heads) * (1 - mean[..., None])
+    height, width = grid or (10, 10)
+    bump = np.exp(-((np.arange(height)[:, None] - height / 4) ** 2 + (np.arange(width) - width / 2) ** 2) / 30).ravel()
+    token = np.concatenate([np.full(prefix, 0.6), bump - bump.mean()])
+    by_token = mean[..., None] + 0.3 * token * (1 - mean[..., None])
+    arrays = {"similarity_by_head": by_head, "similarity_by_token": by_token}
+    return Group(name, layers, kind, heads, queries or keys, keys, prefix, grid, matrices, arrays)
+
+
+def make_table(group: Group) -> pd.DataFrame:
+    """The rows of one group, consistent with its matrices."""
+    count = len(group.layers)
+    at = np.arange(count)
+    table = pd.DataFrame(
+        {
+            "kind": group.kind,
+            "group": group.name,
+            "block": at,
+            "heads": group.heads,
+            "queries": group.queries,
+            "keys": group.keys,
+            "is_probability": True,
+        },
+        index=group.layers,
+    )
+    table["entropy"] = np.log(group.keys) * (0.85 - 0.02 * at)
+    table["normalized_entropy"] = 0.85 - 0.35 * np.sin(at / max(count, 2) * 2.5)
+    table["relative_variation"] = 0.25 + 0.5 * at / count
+    table["head_diversity"] = 0.45 + 0.25 * np.sin(at / max(count, 2) * 3) if group.heads > 1 else np.nan
+    table["cross_head_similarity"] = 1 - table["head_diversity"]
+    for column in ("entropy", "normalized_entropy", "relative_variation", "head_diversity", "cross_head_similarity"):
+        table[f"{column}_se"] = 0.012
+    for reading, column in _PREVIOUS.items():
+        for suffix in ("", "_se"):
+            values = group.matrices["all"][reading + suffix]
+            table[column + suffix] = [np.nan, *np.diagonal(values, 1)]
+    similar = table["similarity_to_previous"].to_numpy()[1:] > 0.75
+    table["similar_to_previous"] = pd.array([pd.NA, *similar], dtype="boolean")
+    table["zero_columns"] = 0
+    table["nonfinite_columns"] = 0
+    return table
+
+
+_PREVIOUS = {
+    "similarity": "similarity_to_previous",
+    "centred": "centred_to_previous",
+    "image_independent": "image_independent_to_previous",
+    "excess": "excess_to_previous",
+}
+
+
+def _readings(count: int, shift: float = 0.0) -> dict[str, np.ndarray]:
+    """The four readings with M = image-independent + excess; M rises with depth as in a trained DeiT."""
+    at = np.arange(count)
+    distance, depth = np.abs(at[:, None] - at), (at[:, None] + at) / (2 * max(count - 1, 1))
+    similarity = (0.45 + 0.45 * depth**2 + shift) ** (distance**0.7)
+    excess = similarity * (0.3 * (1 - depth) / (1 + distance) + 0.01)
+    centred = (0.5 - 0.9 * depth * (1 - depth)) ** (distance**0.8) - 0.05 * (distance > 4)
+    matrices = {
+        "similarity": similarity,
+        "centred": centred,
+        "image_independent": similarity - excess,
+        "excess": excess,
+        "centred_absent": np.zeros((count, count)),
+    }
+    matrices |= {f"{name}_se": np.full((count, count), 0.008) for name in ("similarity", "centred")}
+    return matrices | {f"{name}_se": np.full((count, count), 0.011) for name in ("image_independent", "excess")}

@@ -1,0 +1,343 @@
+"""The right numbers reach the artists, awkward analyses can be drawn, and the caller's matplotlib is left alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from numpy.testing import assert_allclose
+
+from collapse_probe import plots
+from collapse_probe.errors import OutputError, UsageError
+from collapse_probe.plots.curves import ADJACENT
+from collapse_probe.plots.details import evenly_spaced
+from collapse_probe.plots.save import FIGURES
+from collapse_probe.plots.style import colour_scale, legible_on, thinned_ticks
+from collapse_probe.result import Analysis
+from tests.analysis_factory import all_nan, make_analysis, two_groups
+
+READINGS = ("similarity", "centred", "image_independent", "excess")
+
+
+def test_the_heatmap_holds_the_matrix_with_block_0_in_the_upper_left() -> None:
+    analysis = make_analysis()
+    for reading in READINGS:
+        _, ax = plots.layer_similarity(analysis, reading=reading)
+        expected = analysis.groups[0].matrices["all"][reading]
+        assert_allclose(_mesh(ax), expected)
+        assert ax.get_ylim() == (12, 0)
+        assert ax.get_xlim() == (0, 12)
+        assert [text.get_text() for text in ax.texts] == [f"{v:.2f}".replace("-0.00", "0.00") for v in expected.flat]
+        assert (ax.get_xlabel(), ax.get_ylabel()) == ("Block", "Block")
+        assert [label.get_text() for label in ax.get_xticklabels()] == [str(i) for i in range(12)]
+
+
+def test_scales_are_fixed_for_m_and_symmetric_for_signed_readings() -> None:
+    for reading in ("similarity", "image_independent"):
+        mesh = plots.layer_similarity(make_analysis(), reading=reading)[1].collections[0]
+        assert (mesh.norm.vmin, mesh.norm.vmax, mesh.cmap.name) == (0, 1, "viridis")
+    for reading in ("centred", "excess"):
+        mesh = plots.layer_similarity(make_analysis(), reading=reading)[1].collections[0]
+        assert mesh.norm.vmin == -mesh.norm.vmax
+        assert mesh.norm.vmax in (0.1, 0.25, 0.5, 1.0)
+
+
+def test_negative_similarity_after_re_attention_is_not_clipped() -> None:
+    assert colour_scale(np.array([-0.4, 0.9]), signed=False) == {"cmap": "PuOr_r", "vmin": -1.0, "vmax": 1.0}
+    assert colour_scale(np.array([-1e-9, 0.9]), signed=False)["vmin"] == 0.0
+
+
+def test_parts_and_groups_are_chosen_by_name() -> None:
+    analysis = two_groups()
+    assert_allclose(_mesh(plots.layer_similarity(analysis)[1]), analysis.groups[0].matrices["all"]["similarity"])
+    _, ax = plots.layer_similarity(analysis, group="B", part="patch")
+    assert_allclose(_mesh(ax), analysis.groups[1].matrices["patch"]["similarity"])
+    assert "group B" in ax.get_title(loc="left")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"reading": "cosine"}, "reading='cosine' is unknown"),
+        ({"part": "head"}, "part='head' is unknown"),
+        ({"part": "prefix"}, "group A has no part 'prefix'"),
+        ({"group": "Z"}, r"group='Z' is unknown; this analysis has \['A', 'B'\]"),
+    ],
+)
+def test_what_is_not_there_is_named(arguments: dict[str, str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        plots.layer_similarity(two_groups(), **arguments)
+
+
+def test_an_analysis_without_layers_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="no layers"):
+        plots.head_diversity(Analysis(pd.DataFrame(), []))
+
+
+def test_many_layers_thin_the_ticks_and_drop_the_numbers() -> None:
+    _, ax = plots.layer_similarity(make_analysis(32, 12))
+    assert not ax.texts
+    assert [label.get_text() for label in ax.get_xticklabels()] == [str(i) for i in range(0, 32, 2)]
+    for count in range(1, 300):
+        ticks = thinned_ticks(count)
+        assert ticks[0] == 0
+        assert ticks[-1] < count
+        assert len(ticks) <= 16
+
+
+def test_the_four_parts_show_the_four_matrices() -> None:
+    analysis = make_analysis()
+    _, axes = plots.similarity_parts(analysis)
+    assert axes.shape == (2, 2)
+    for ax, reading in zip(axes.flat, READINGS, strict=True):
+        assert_allclose(_mesh(ax), analysis.groups[0].matrices["all"][reading])
+
+
+def test_adjacent_lines_and_error_bars_are_the_columns() -> None:
+    analysis = make_analysis()
+    _, ax = plots.adjacent_similarity(analysis)
+    drawn = {container.get_label(): container for container in ax.containers}
+    for name, (label, *_) in ADJACENT.items():
+        line, _, (bars,) = drawn[label].lines
+        assert_allclose(line.get_ydata(), analysis.layers[name])
+        assert_allclose(line.get_xdata(), np.arange(12))
+        lengths = [np.ptp(segment[:, 1]) for segment in bars.get_segments() if len(segment)]
+        assert_allclose(lengths, 2 * analysis.layers[f"{name}_se"].to_numpy()[1:])
+    assert ax.get_xlabel()
+    assert ax.get_ylabel()
+
+
+def test_adjacent_lines_stay_apart_without_colour() -> None:
+    _, ax = plots.adjacent_similarity(make_analysis())
+    lines = [container.lines[0] for container in ax.containers]
+    assert len({line.get_marker() for line in lines}) == 4
+    assert len({line.get_linestyle() for line in lines}) == 4
+
+
+@pytest.mark.parametrize("kind", ["boolean", "object", "float"])
+def test_similar_blocks_are_shaded_whatever_type_the_column_has(kind: str) -> None:
+    analysis = make_analysis()
+    similar = np.flatnonzero(analysis.layers["similarity_to_previous"] > 0.75)
+    if kind == "object":
+        flags = analysis.layers["similar_to_previous"].astype(object)
+        analysis.layers["similar_to_previous"] = [None if flag is pd.NA else bool(flag) for flag in flags]
+    if kind == "float":
+        analysis.layers["similar_to_previous"] = analysis.layers["similar_to_previous"].astype("Float64").astype(float)
+    _, ax = plots.adjacent_similarity(analysis)
+    assert [patch.get_x() + 0.5 for patch in ax.patches] == list(similar)
+
+
+def test_head_diversity_and_entropy_are_the_columns() -> None:
+    analysis = make_analysis()
+    _, ax = plots.head_diversity(analysis)
+    assert_allclose(ax.lines[0].get_ydata(), analysis.layers["head_diversity"])
+    band = ax.collections[0].get_paths()[0].vertices[:, 1]
+    assert band.max() == pytest.approx((analysis.layers["head_diversity"] + 0.012).max())
+    _, (upper, lower) = plots.entropy(analysis)
+    assert_allclose(upper.lines[0].get_ydata(), analysis.layers["normalized_entropy"])
+    assert_allclose(lower.lines[0].get_ydata(), analysis.layers["relative_variation"])
+    assert all(ax.get_xlabel() and ax.get_ylabel() for ax in (upper, lower))
+
+
+def test_a_constant_column_is_still_on_the_axis() -> None:
+    analysis = make_analysis()
+    analysis.layers.loc["blocks.0.attn", "relative_variation"] = 0.0
+    _, (_, lower) = plots.entropy(analysis)
+    assert lower.get_ylim()[0] == 0
+
+
+def test_curves_within_layers_run_over_all_groups_and_choose_one() -> None:
+    analysis = two_groups()
+    _, ax = plots.head_diversity(analysis)
+    assert len(ax.lines[0].get_ydata()) == 12
+    assert ax.get_xlabel() == "Layer, in execution order"
+    _, ax = plots.head_diversity(analysis, group="B")
+    assert_allclose(ax.lines[0].get_ydata(), analysis.layers["head_diversity"].to_numpy()[10:])
+
+
+def test_by_head_shows_neighbours_head_by_head() -> None:
+    analysis = make_analysis()
+    _, ax = plots.similarity_by_head(analysis)
+    stored = analysis.groups[0].arrays["similarity_by_head"]
+    expected = [[stored[p - 1, p, h] for p in range(1, 12)] for h in range(3)]
+    assert_allclose(_mesh(ax), expected)
+    assert [label.get_text() for label in ax.get_xticklabels()] == [str(p) for p in range(1, 12)]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["0", "1", "2"]
+
+
+def test_by_token_lies_on_the_grid_with_prefix_tokens_apart() -> None:
+    analysis = make_analysis()
+    stored = analysis.groups[0].arrays["similarity_by_token"]
+    _, axes = plots.similarity_by_token(analysis)
+    assert len(axes) == 6
+    for panel, index in zip(axes, (0, 2, 4, 6, 8, 10), strict=True):
+        assert_allclose(panel.images[0].get_array(), stored[index, index + 1, 1:].reshape(14, 14))
+        title = panel.get_title(loc="left")
+        assert title == f"Blocks {index}–{index + 1}\nprefix token: {stored[index, index + 1, 0]:.2f}"
+    norms = {(panel.images[0].norm.vmin, panel.images[0].norm.vmax) for panel in axes}
+    assert len(norms) == 1
+
+
+def test_by_token_never_zooms_into_noise() -> None:
+    analysis = make_analysis()
+    analysis.groups[0].arrays["similarity_by_token"] = np.full((12, 12, 197), 0.997)
+    norm = plots.similarity_by_token(analysis)[1][0].images[0].norm
+    assert norm.vmax - norm.vmin >= 0.1 - 1e-12
+
+
+@pytest.mark.parametrize("grid", [None, (13, 13)])
+def test_without_a_fitting_grid_tokens_form_a_line(grid: tuple[int, int] | None) -> None:
+    analysis = make_analysis()
+    analysis.groups[0].grid = grid
+    _, axes = plots.similarity_by_token(analysis)
+    assert_allclose(axes[0].lines[0].get_ydata(), analysis.groups[0].arrays["similarity_by_token"][0, 1])
+    assert axes[0].get_xlabel() == "Key token"
+
+
+def test_evenly_spaced_holds_the_last_and_repeats_nothing() -> None:
+    for available in range(1, 40):
+        for wanted in range(1, 8):
+            picked = evenly_spaced(available, wanted)
+            assert picked[-1] == available - 1
+            assert len(set(picked)) == len(picked) == min(wanted, available)
+
+
+AWKWARD: dict[str, Callable[[], Analysis]] = {
+    "one layer": lambda: make_analysis(1),
+    "two layers with registers": lambda: make_analysis(2, 2, (5, 3), 5),
+    "32 layers": lambda: make_analysis(32, 12),
+    "one head, no grid": lambda: make_analysis(12, 1, None, 0),
+    "two groups": two_groups,
+    "nothing defined": lambda: all_nan(make_analysis(), *READINGS),
+    "no arrays, few columns": lambda: _bare(make_analysis()),
+}
+
+
+@pytest.mark.parametrize("draw", FIGURES.values(), ids=FIGURES.keys())
+@pytest.mark.parametrize("make", AWKWARD.values(), ids=AWKWARD.keys())
+def test_every_figure_can_be_drawn(
+    draw: Callable[[Analysis], tuple[Figure, Any]], make: Callable[[], Analysis]
+) -> None:
+    _, axes = draw(make())
+    for ax in np.atleast_1d(np.asarray(axes, dtype=object)).flat:
+        words = ax.get_title(loc="left") + ax.get_xlabel() + ax.get_ylabel() + "".join(t.get_text() for t in ax.texts)
+        assert words or not ax.axison
+
+
+@pytest.mark.parametrize("draw", FIGURES.values(), ids=FIGURES.keys())
+@pytest.mark.parametrize("case", ["one layer", "nothing defined", "no arrays, few columns"])
+def test_the_emptiest_figures_can_be_rendered(draw: Callable[[Analysis], tuple[Figure, Any]], case: str) -> None:
+    assert plots.render(draw(AWKWARD[case]())[0], "png", dpi=20).startswith(b"\x89PNG")
+
+
+def test_what_is_undefined_says_so() -> None:
+    undefined = all_nan(make_analysis(), *READINGS)
+    texts = [plots.layer_similarity(undefined)[1], plots.adjacent_similarity(undefined)[1]]
+    texts += [plots.similarity_by_head(make_analysis(1))[1], plots.similarity_by_token(make_analysis(1))[1][0]]
+    texts += [plots.head_diversity(make_analysis(12, 1))[1], plots.similarity_parts(undefined)[1][1, 0]]
+    for ax in texts:
+        assert ax.texts[0].get_text().startswith("not defined")
+
+
+def test_the_callers_axes_are_used() -> None:
+    figure = Figure()
+    axes = figure.subplots(3, 2).ravel()
+    for draw, ax in zip(
+        (plots.layer_similarity, plots.head_diversity, plots.adjacent_similarity, plots.similarity_by_head),
+        axes,
+        strict=False,
+    ):
+        assert draw(make_analysis(), ax) == (figure, ax)
+    _, used = plots.entropy(make_analysis(), axes[4:])
+    assert list(used) == list(axes[4:])
+    _, (only,) = plots.similarity_by_token(make_analysis(), axes[0])
+    assert only.get_title(loc="left").startswith("Blocks 10–11")
+    with pytest.raises(UsageError, match="ax has 1 axes; this figure needs 2"):
+        plots.entropy(make_analysis(), axes[0])
+
+
+def test_no_global_figures_and_no_changed_settings() -> None:
+    with matplotlib.rc_context({"font.size": 17, "axes.titlesize": 31}):
+        before, figures = dict(matplotlib.rcParams), plt.get_fignums()
+        for draw in FIGURES.values():
+            draw(make_analysis(3))
+        assert plt.get_fignums() == figures
+        assert dict(matplotlib.rcParams) == before
+
+
+def test_a_dark_style_sheet_does_not_leak_in() -> None:
+    with plt.style.context("dark_background"):
+        figure, ax = plots.head_diversity(make_analysis())
+    assert to_rgb(figure.get_facecolor()) == (1, 1, 1)
+    assert to_rgb(ax.xaxis.label.get_color()) == (0, 0, 0)
+
+
+def test_numbers_on_cells_are_legible() -> None:
+    assert legible_on((1, 1, 1, 1)) == "black"
+    assert legible_on((0, 0, 0, 1)) == "white"
+    for level in np.linspace(0, 1, 50):
+        colour = matplotlib.colormaps["viridis"](level)
+        assert _contrast(colour, to_rgb(legible_on(colour))) >= 4.5
+
+
+def test_saved_figures_have_stable_names_and_bytes(tmp_path: Path) -> None:
+    analysis = make_analysis(3)
+    paths = plots.save_figures(analysis, tmp_path / "figures")
+    assert [path.name for path in paths] == [f"{name}.{suffix}" for name in FIGURES for suffix in ("png", "svg")]
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == sorted(path.name for path in paths)
+    for suffix, mark in (("png", b"\x89PNG"), ("svg", b"<text")):
+        saved = (tmp_path / "figures" / f"head_diversity.{suffix}").read_bytes()
+        assert mark in saved
+        assert plots.render(plots.head_diversity(analysis)[0], suffix) == saved
+
+
+def test_save_refuses_what_it_cannot_write(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"cannot write \['bmp'\]"):
+        plots.save_figures(make_analysis(2), tmp_path, formats=("png", "bmp"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError):
+        plots.save_figures(make_analysis(2), tmp_path / "file")
+
+
+def test_a_notebook_can_show_a_figure() -> None:
+    figure, _ = plots.head_diversity(make_analysis())
+    assert figure._repr_png_().startswith(b"\x89PNG")  # type: ignore[attr-defined]
+
+
+def test_plots_load_no_torch() -> None:
+    code = "import sys, collapse_probe.plots; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def _mesh(ax: Axes) -> np.ndarray:
+    return np.asarray(ax.collections[0].get_array())
+
+
+def _bare(analysis: Analysis) -> Analysis:
+    analysis.layers = analysis.layers[["kind", "group"]]
+    analysis.groups[0].arrays = {}
+    analysis.groups[0].matrices = {"all": {"similarity": analysis.groups[0].matrices["all"]["similarity"]}}
+    return analysis
+
+
+def _contrast(first: Any, second: Any) -> float:
+    """WCAG 2 contrast ratio, 1 to 21."""
+    lights = sorted(
+        sum(
+            weight * (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4)
+            for weight, c in zip((0.2126, 0.7152, 0.0722), colour[:3], strict=True)
+        )
+        for colour in (first, second)
+    )
+    return (lights[1] + 0.05) / (lights[0] + 0.05)

@@ -1,0 +1,318 @@
+"""Three renderers, one content: the verdict leads, nothing is lost, nothing hostile gets through."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import html
+import io
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from collapse_probe.errors import OutputError
+from collapse_probe.report import content, print_summary, render_html, to_html, write_report
+from collapse_probe.report.figures import hero_name
+from collapse_probe.result import Analysis, Finding
+from tests.analysis_factory import all_nan, make_analysis, two_groups
+
+HOSTILE = "<script>alert(1)</script>[red]x[/red]:warning:\x1b[31m\"'&"
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return render_html(make_analysis())
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures take most of the time; where they are not what is tested, a constant stands for them."""
+    for module in ("figures", "notebook"):
+        monkeypatch.setattr(f"collapse_probe.report.{module}.data_uri", lambda *_, **__: "data:image/png;base64,")
+
+
+# -- the words they share ---------------------------------------------------------------------------------------------
+
+
+def test_findings_stand_gravest_first_and_keep_their_order() -> None:
+    severities = ("ok", "note", "problem", "warning", "problem")
+    given = [_finding(title, severity) for title, severity in zip("abcde", severities, strict=True)]
+    assert [finding.title for finding in content.ordered(given)] == ["c", "e", "d", "b", "a"]
+
+
+def test_numbers_and_their_errors() -> None:
+    assert content.with_error(0.12345, 0.0123) == "0.123±0.012"
+    assert content.with_error(0.5, 0.0001) == "0.500±<.001"
+    assert content.with_error(0.5, 0.0) == "0.500±0.000"
+    assert content.with_error(0.5, float("nan")) == "0.500"
+    assert content.with_error(float("nan"), 0.1) == "–"
+    assert content.decimal(-0.0001) == "0.000"
+
+
+def test_rows_hold_the_table() -> None:
+    analysis = make_analysis()
+    rows = content.rows(analysis)
+    for row, (name, record) in zip(rows, analysis.layers.iterrows(), strict=True):
+        assert row.layer == name
+        assert [mean for mean, _ in row.cells] == pytest.approx([record[key] for key in content.COLUMNS], nan_ok=True)
+        errors = [error for _, error in row.cells]
+        assert errors == pytest.approx([record[f"{key}_se"] for key in content.COLUMNS], nan_ok=True)
+    assert [row.similar for row in rows] == [value > 0.75 for value in analysis.layers["similarity_to_previous"]]
+    assert [row.block for row in rows] == [str(i) for i in range(12)]
+    assert [row.block for row in content.rows(two_groups())][-3:] == ["A9", "B0", "B1"]
+
+
+def test_long_shared_prefixes_are_left_out_and_explained() -> None:
+    analysis = _renamed(make_analysis(), "vision_model.encoder.layers.{}.self_attn")
+    rows = content.rows(analysis)
+    assert [row.short_name for row in rows] == [f"…{i}.self_attn" for i in range(12)]
+    assert content.elided(rows) == "vision_model.encoder.layers."
+    assert content.elided(content.rows(make_analysis())) == ""
+
+
+def test_gaps_say_what_is_missing_and_why() -> None:
+    assert content.gaps(make_analysis()) == []
+    analysis = all_nan(make_analysis(), "centred")
+    analysis.not_captured = [{"layer": f"decoder.{i}", "reason": "dropout in a fused kernel"} for i in range(7)]
+    analysis.layers["zero_columns"] = 2
+    gaps = dict(content.gaps(analysis))
+    assert gaps["decoder.0, decoder.1, decoder.2 and 4 more"] == "dropout in a fused kernel"
+    assert "vary over the queries" in gaps["centred"]
+    assert any(what.startswith("24 attention columns") for what in gaps)
+    assert [what for what, _ in content.gaps(make_analysis(1))] == ["Every comparison with a previous block"]
+    assert "A (10 token), B (2 class)" in content.gaps(two_groups())[0][0]
+
+
+def test_entropy_missing_after_re_attention_is_explained() -> None:
+    analysis = make_analysis()
+    analysis.layers["is_probability"] = [i > 0 for i in range(12)]
+    analysis.layers.loc["blocks.0.attn", "normalized_entropy"] = np.nan
+    assert content.gaps(analysis) == [
+        ("entropy of blocks.0.attn", "rows of these maps are not probabilities (mixed after the softmax)")
+    ]
+
+
+def test_random_weights_are_called_random() -> None:
+    analysis = make_analysis()
+    analysis.provenance["model"] = {"architecture": "vit", "weights": {"random": True}}
+    assert "random weights" in content.provenance_lines(analysis)[0]
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("provenance", [{}, {"model": None, "images": 3}, {"model": {"weights": "x"}, "seconds": "?"}])
+def test_thin_provenance_is_no_obstacle(provenance: dict[str, object]) -> None:
+    analysis = make_analysis(2)
+    analysis.provenance = provenance
+    assert _printed(analysis)
+    assert "Attention collapse" in render_html(analysis)
+    assert to_html(analysis)
+
+
+# -- terminal ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_summary_leads_with_the_verdict_and_fits(width: int) -> None:
+    analysis = _renamed(make_analysis(), "vision_model.encoder.layers.{}.self_attn")
+    lines = _printed(analysis, width).splitlines()
+    assert max(cell_len(line) for line in lines) <= width
+    text = "\n".join(lines)
+    assert lines[2].startswith("! WARNING Attention of 2 of 11 blocks repeats")
+    assert text.index("WARNING") < text.index("OK") < text.index("previous") < text.index("model:")
+    for row in content.rows(analysis):
+        line = next(line for line in lines if f" {row.short_name} " in line)
+        for mean, _ in row.cells:
+            assert content.decimal(mean) in line
+    assert sum("*0." in line for line in lines) == sum(row.similar for row in content.rows(analysis))
+    assert "\x1b" not in text
+
+
+def test_the_summary_is_plain_ascii_where_the_console_is() -> None:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="cp1252", errors="strict")
+    print_summary(_hostile(), Console(file=stream, width=80))
+    stream.flush()
+    assert raw.getvalue().isascii()
+    assert b"+/-" in raw.getvalue()
+
+
+def test_hostile_names_stay_text_in_the_terminal() -> None:
+    text = _printed(_hostile(), 200, colour=True)
+    assert "[red]x[/red]:warning:?[31m" in text
+    assert "\x1b[31m\"'" not in text
+
+
+@pytest.mark.parametrize("width", [30, 60])
+def test_a_narrow_console_loses_no_digit(width: int) -> None:
+    printed = _printed(make_analysis(), width)
+    for row in content.rows(make_analysis()):
+        line = next(line for line in printed.splitlines() if f" {row.layer} " in line)
+        assert line.split()[-1] == content.decimal(row.cells[-1][0])
+    assert "…" not in printed
+
+
+def test_no_findings_and_no_layers_print_too() -> None:
+    assert "No findings" in _printed(Analysis(pd.DataFrame(), []))
+
+
+# -- HTML -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_well_formed_and_self_contained(page: str) -> None:
+    parsed = _Parsed(page)
+    assert parsed.open == []
+    for tag, attributes in parsed.tags:
+        assert tag not in ("script", "link", "iframe", "object", "embed", "base")
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            if name in ("src", "href"):
+                assert value.startswith(("data:image/png;base64,", "#"))
+    assert not re.search(r"https?://|@import|url\(", page)
+
+
+def test_pictures_have_words_and_are_png(page: str) -> None:
+    images = [attributes for tag, attributes in _Parsed(page).tags if tag == "img"]
+    assert len(images) == 11
+    for attributes in images:
+        assert len(attributes["alt"]) > 30
+        assert base64.b64decode(attributes["src"].split(",")[1]).startswith(b"\x89PNG")
+
+
+def test_the_page_says_everything(page: str) -> None:
+    analysis, text = make_analysis(), _Parsed(page).text
+    for finding in analysis.findings:
+        for words in (finding.title, finding.evidence, finding.threshold, finding.source, finding.advice):
+            assert words in text
+    for row in content.rows(analysis):
+        assert row.layer in text
+        for mean, error in row.cells:
+            assert content.with_error(mean, error) in text
+    for words in ("collapse-probe analyze", "broken.jpg: truncated file", "M alone misleads", "50 images"):
+        assert words in text
+    assert text.index("repeats the block before") < text.index("Figures") < text.index("Provenance")
+
+
+def test_the_picture_at_the_top_belongs_to_the_verdict() -> None:
+    analysis = make_analysis()
+    assert hero_name(analysis) == "adjacent_similarity"
+    carried = {"head-redundancy": "head_diversity", "uniform-attention": "entropy", "x": "adjacent_similarity"}
+    for code, expected in carried.items():
+        analysis.findings = [_finding("fine", "ok"), _finding("bad", "problem", code)]
+        assert hero_name(analysis) == expected
+    analysis.findings = [_finding("fine", "note", "head-redundancy")]
+    assert hero_name(analysis) == "adjacent_similarity"
+    assert hero_name(make_analysis(1)) == "entropy"
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_hostile_text_is_escaped_everywhere() -> None:
+    for rendered in (render_html(_hostile()), to_html(_hostile())):
+        assert "<script" not in rendered
+        assert not any(tag == "script" for tag, _ in _Parsed(rendered).tags)
+        assert html.escape("<script>alert(1)</script>") in rendered
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("analysis", [make_analysis(1), two_groups(), all_nan(make_analysis(2, 1, None, 0), "centred")])
+def test_awkward_analyses_make_a_page(analysis: Analysis) -> None:
+    assert _Parsed(render_html(analysis)).open == []
+    assert _Parsed(to_html(analysis)).open == []
+
+
+def test_an_analysis_without_layers_makes_a_page() -> None:
+    empty = Analysis(pd.DataFrame(), [])
+    assert "No findings" in render_html(empty)
+    assert to_html(empty)
+
+
+def test_the_notebook_view_holds_verdict_picture_and_table() -> None:
+    analysis = make_analysis()
+    parsed = _Parsed(analysis._repr_html_())
+    assert parsed.text.index("Warning:") < parsed.text.index("blocks.11.attn")
+    assert sum(tag == "img" for tag, _ in parsed.tags) == 1
+    assert sum(tag == "tr" for tag, _ in parsed.tags) == 13
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_reports_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    analysis = make_analysis(2)
+    path = write_report(analysis, tmp_path / "run" / "report.html")
+    assert path.read_text(encoding="utf-8") == render_html(analysis)
+    assert [file.name for file in path.parent.iterdir()] == ["report.html"]
+    with pytest.raises(OutputError, match="Cannot write"):
+        write_report(analysis, path / "below-a-file.html")
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_rendering_changes_nothing() -> None:
+    analysis = make_analysis(3)
+    before = copy.deepcopy(analysis)
+    render_html(analysis)
+    _printed(analysis)
+    pd.testing.assert_frame_equal(analysis.layers, before.layers)
+    assert analysis.findings == before.findings
+    assert analysis.provenance == before.provenance
+
+
+def test_reports_load_no_torch() -> None:
+    code = "import sys, collapse_probe.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class _Parsed(HTMLParser):
+    """Tags with their attributes, the visible text, and whatever was left open."""
+
+    VOID = ("meta", "img", "br", "link", "base")
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text += data
+
+
+def _printed(analysis: Analysis, width: int = 80, colour: bool = False) -> str:
+    stream = io.StringIO()
+    print_summary(analysis, Console(file=stream, width=width, force_terminal=colour))
+    return stream.getvalue()
+
+
+def _finding(title: str, severity: str, code: str = "code") -> Finding:
+    return Finding(code, severity, title, "", "", "", "")
+
+
+def _renamed(analysis: Analysis, pattern: str) -> Analysis:
+    names = [pattern.format(i) for i in range(len(analysis.layers))]
+    analysis.layers.index = pd.Index(names)
+    analysis.groups[0].layers = names
+    return analysis
+
+
+def _hostile() -> Analysis:
+    analysis = _renamed(make_analysis(3), "layer{}" + HOSTILE)
+    analysis.provenance = {"model": {"architecture": HOSTILE, HOSTILE: HOSTILE}, "images": {"kind": HOSTILE}}
+    analysis.findings = [Finding(HOSTILE, HOSTILE, HOSTILE, HOSTILE, HOSTILE, HOSTILE, HOSTILE, (HOSTILE,))]
+    analysis.not_captured = [{"layer": HOSTILE, "reason": HOSTILE}]
+    return analysis

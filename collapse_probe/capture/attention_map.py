@@ -40,6 +40,9 @@ class Source(Protocol):
     def shape(self) -> tuple[int, int, int, int]: ...
     @property
     def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    def write_columns(self, start: int, stop: int, out: Tensor) -> Tensor: ...
     def columns(self, start: int, stop: int) -> Tensor: ...
     def rows(self, start: int, stop: int) -> Tensor: ...
     def select(self, start: int, stop: int) -> Source: ...
@@ -74,6 +77,10 @@ class QueryKey:
     def device(self) -> torch.device:
         return self.q.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.promote_types(self.q.dtype, torch.float32)
+
     def select(self, start: int, stop: int) -> QueryKey:
         """The same map for images start..stop-1, in the dtype that it is computed in."""
         dtype = torch.promote_types(self.q.dtype, torch.float32)
@@ -89,16 +96,21 @@ class QueryKey:
         )
 
     def columns(self, start: int, stop: int) -> Tensor:
-        """Probabilities of keys start..stop-1: `[B, H, Q, stop-start]`, stored key by key (queries contiguous)."""
+        """Probabilities of keys start..stop-1: `[B, H, Q, stop-start]`."""
         batch, heads, queries, _ = self.shape
-        q, k = self._computed(self.q), self._computed(self.k[:, :, start:stop])
-        normalizer = self._log_normalizer().reshape(batch * heads, 1, queries)
-        logits = torch.baddbmm(normalizer, k.flatten(0, 1), q.flatten(0, 1).mT, beta=-1, alpha=self.scale)
-        logits = logits.view(batch, heads, stop - start, queries)
-        allowed = self._allowed(slice(0, queries), slice(start, stop), logits)
+        out = torch.empty(batch, heads, stop - start, queries, dtype=self.dtype, device=self.device)
+        return self.write_columns(start, stop, out).mT
+
+    def write_columns(self, start: int, stop: int, out: Tensor) -> Tensor:
+        """Write the columns key by key into a contiguous `out` `[B, H, stop-start, Q]`."""
+        queries = self.shape[2]
+        q, k = self._computed(self.q).flatten(0, 1), self._computed(self.k[:, :, start:stop]).flatten(0, 1)
+        normalizer = self._log_normalizer().flatten(0, 1)[:, None]
+        torch.baddbmm(normalizer, k, q.mT, beta=-1, alpha=self.scale, out=out.view(-1, stop - start, queries))
+        allowed = self._allowed(slice(0, queries), slice(start, stop), out)
         if allowed is not None:
-            logits = logits + allowed.mT
-        return logits.exp_().mT
+            out += allowed.mT
+        return out.exp_()
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Probabilities of queries start..stop-1: `[B, H, stop-start, K]`."""
@@ -133,7 +145,7 @@ class QueryKey:
         return self._computed(self.log_normalizer.masked_fill(self.log_normalizer == -torch.inf, torch.inf))
 
     def _computed(self, tensor: Tensor) -> Tensor:
-        return tensor.to(torch.promote_types(self.q.dtype, torch.float32))
+        return tensor.to(self.dtype)
 
 
 @dataclass
@@ -151,17 +163,21 @@ class Stored:
     def device(self) -> torch.device:
         return self.tensor.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.promote_types(self.tensor.dtype, torch.float32)
+
     def select(self, start: int, stop: int) -> Stored:
         return Stored(self.tensor[start:stop])
 
     def columns(self, start: int, stop: int) -> Tensor:
-        return self._computed(self.tensor[..., start:stop])
+        return self.tensor[..., start:stop].to(self.dtype)
+
+    def write_columns(self, start: int, stop: int, out: Tensor) -> Tensor:
+        return out.copy_(self.tensor[..., start:stop].mT)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        return self._computed(self.tensor[:, :, start:stop])
-
-    def _computed(self, tensor: Tensor) -> Tensor:
-        return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        return self.tensor[:, :, start:stop].to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -180,13 +196,11 @@ class HeadMix:
         return HeadMix(other.weight @ self.weight, other.weight @ self.bias + other.bias)
 
     def __call__(self, part: Tensor) -> Tensor:
-        """Mix a part of a map `[B, H, x, y]` -> `[B, O, x, y]`, keeping which of x and y is contiguous."""
-        key_major = part.stride(-1) != 1
-        part = (part.mT if key_major else part).contiguous()
+        """Mix a part of a map `[B, H, x, y]` -> `[B, O, x, y]`."""
+        part = part.contiguous()
         weight, bias = (item.to(part.dtype).to(part.device) for item in (self.weight, self.bias))
         mixed = torch.baddbmm(bias[:, None], weight.expand(part.shape[0], -1, -1), part.flatten(2))
-        mixed = mixed.view(part.shape[0], weight.shape[0], *part.shape[2:])
-        return mixed.mT if key_major else mixed
+        return mixed.view(part.shape[0], weight.shape[0], *part.shape[2:])
 
 
 @dataclass(frozen=True)
@@ -231,6 +245,11 @@ class AttentionMap:
         return self.source.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What its parts are computed in: float32 or wider."""
+        return self.source.dtype
+
+    @property
     def prefix_tokens(self) -> int:
         """How many leading key tokens are not patches."""
         return self.layout.prefix_tokens
@@ -262,13 +281,24 @@ class AttentionMap:
         _check_range("rows", start, stop, self.shape[2])
         return self._mixed(self.source.rows(start, stop))
 
-    def columns_with_softmax(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Columns of the applied map and of the softmax underneath (the same tensor where they are the same map)."""
+    def write_columns(self, start: int, stop: int, out: Tensor) -> Tensor:
+        """Write key columns start..stop-1, key by key, into a contiguous `out` `[B, H, stop-start, Q]`.
+
+        Returns:
+            The columns of the softmax underneath in the same order: `out` itself where nothing was applied to it.
+
+        Raises:
+            IndexError: the range does not lie within 0..K.
+        """
         _check_range("columns", start, stop, self.shape[3])
-        columns = self.source.columns(start, stop)
         if self.origin is not None:
-            return columns, self.origin.columns(start, stop)
-        return self._mixed(columns), columns
+            self.source.write_columns(start, stop, out)
+            return self.origin.columns(start, stop).mT
+        if self.mix is None:
+            return self.source.write_columns(start, stop, out)
+        softmax = self.source.columns(start, stop).mT
+        out.copy_(self.mix(softmax))
+        return softmax
 
     def select(self, start: int, stop: int) -> AttentionMap:
         """The same layer for images start..stop-1."""

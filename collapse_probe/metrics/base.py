@@ -80,9 +80,11 @@ class TileMetric(Metric):
     def state_shapes(self, group: GroupShape) -> dict[str, tuple[int, ...]]:
         """Shapes of the states for a group of these sizes."""
 
-    @abstractmethod
+    def see_softmax(self, tile: Tile) -> None:
+        """Gather what this metric needs of the softmax columns, before anyone decomposes and so overwrites them."""
+
     def see(self, tile: Tile) -> None:
-        """Gather what this metric needs of a tile. Raw softmax columns must be read before `tile.columns`."""
+        """Gather what this metric needs of the decomposed columns."""
 
     @abstractmethod
     def fold(self, images: int) -> None:
@@ -124,6 +126,8 @@ def feed(metrics: Sequence[TileMetric], maps: Sequence[MapLike], tile_bytes: int
             metric.open_group(group)
         for block in image_blocks(maps):
             for tile in tiles(block, tile_bytes):
+                for metric in metrics:
+                    metric.see_softmax(tile)
                 for metric in metrics:
                     metric.see(tile)
             for metric in metrics:

@@ -54,7 +54,7 @@ class CrossHeadSimilarity(TileMetric):
         # Heads side by side for one (layer, image, token): a copy, because heads and tokens change places.
         flat = columns.deviation.transpose(2, 3).reshape(-1, heads, queries)
         level = columns.level.transpose(2, 3).reshape(-1, heads)
-        similarity = torch.baddbmm(torch.bmm(flat, flat.mT), level[:, :, None], level[:, None, :]).clamp_(-1, 1)
+        similarity = torch.addcmul(torch.bmm(flat, flat.mT), level[:, :, None], level[:, None, :]).clamp_(-1, 1)
         values = similarity.view(layers, images, width, heads, heads).to(self.images.device, torch.float64).sum(2)
         exists = columns.exists.to(self.images.device, torch.float64)
         counts = torch.einsum("lbgk,lbhk->lbgh", exists, exists)

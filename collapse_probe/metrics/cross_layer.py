@@ -135,7 +135,7 @@ class CrossLayerSimilarity(TileMetric):
         flat = deviation.reshape(layers, -1, queries).transpose(0, 1)
         centred = torch.bmm(flat, flat.mT)
         level = columns.level.reshape(layers, -1).T
-        similarity = torch.baddbmm(centred, level[:, :, None], level[:, None, :]).clamp_(-1, 1)
+        similarity = torch.addcmul(centred, level[:, :, None], level[:, None, :]).clamp_(-1, 1)
         defined = columns.centred_exists(self.min_variation)
         inverse = columns.variation.reciprocal().masked_fill_(~defined, 0.0).reshape(layers, -1).T
         centred.mul_(inverse[:, :, None]).mul_(inverse[:, None, :]).clamp_(-1, 1)
@@ -151,15 +151,16 @@ class CrossLayerSimilarity(TileMetric):
         self._add_pairs(gathered, tile)
 
     def _add_reading(self, gathered: _Gathered, reading: int, tile: Tile, values: Tensor, exists: Tensor) -> None:
-        values, weight = self._wide(values), self._wide(exists)
+        values = self._here(values)
         tokens = slice(tile.start, tile.stop)
-        gathered.values[reading, tile.part] += values.sum((1, 2))
-        over_images = values.sum(0)
+        gathered.values[reading, tile.part] += values.sum((1, 2), dtype=torch.float64)
+        over_images = values.sum(0).double()  # a few images of one block; the sum over blocks is in float64
         self.by_head[reading] += over_images.sum(1)
         self.by_token[reading, tokens] += over_images.sum(0)
-        gathered.counts[reading, tile.part] += torch.einsum("pbhk,rbhk->bpr", weight, weight)
-        self.by_head_counts[reading] += torch.einsum("pbhk,rbhk->hpr", weight, weight)
-        self.by_token_counts[reading, tokens] += torch.einsum("pbhk,rbhk->kpr", weight, weight)
+        by_image, by_head, by_token = _pair_counts(self._here(exists))
+        gathered.counts[reading, tile.part] += by_image
+        self.by_head_counts[reading] += by_head
+        self.by_token_counts[reading, tokens] += by_token
 
     def _add_variation(self, gathered: _Gathered, tile: Tile, variation: Tensor, exists: Tensor) -> None:
         counted = variation.masked_fill(~exists, 0.0)
@@ -329,6 +330,16 @@ def _with_total(parts: Tensor, axis: int) -> Tensor:
     if parts.shape[axis] == 1:
         return parts
     return torch.cat([parts.sum(axis, keepdim=True), parts], dim=axis)
+
+
+def _pair_counts(exists: Tensor) -> tuple[Tensor | int, Tensor | int, Tensor | int]:
+    """In how many columns two layers both exist, by image, head and token, from `[L, B, H, k]`."""
+    _, images, heads, width = exists.shape
+    if exists.device.type == "cpu" and exists.all():  # nearly always; elsewhere the question would make a GPU wait
+        return heads * width, images * width, images * heads
+    weight = exists.double()
+    by_image = torch.einsum("pbhk,rbhk->bpr", weight, weight)
+    return by_image, torch.einsum("pbhk,rbhk->hpr", weight, weight), torch.einsum("pbhk,rbhk->kpr", weight, weight)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class AttentionEntropy(TileMetric):
         by_head = (group.layers, group.heads)
         return {"row_moments": (5, group.layers), "by_head": by_head, "by_head_counts": by_head}
 
-    def see(self, tile: Tile) -> None:
+    def see_softmax(self, tile: Tile) -> None:
         if not self._rows:
             self._rows = [None] * len(tile.softmax)
         for layer, columns in enumerate(tile.softmax):

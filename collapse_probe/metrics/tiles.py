@@ -6,6 +6,7 @@ columns are produced once per tile, and decomposed once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,8 +21,8 @@ from collapse_probe.metrics.functional.columns import Columns, decompose_columns
 #: Images that are looked at together. Pairs within such a block give the standard error of the image-independent part.
 BLOCK = 4
 
-#: Default size of a tile's columns in bytes: small enough to stay in a processor's cache.
-TILE_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+#: Default size of a tile's columns in bytes, measured: smaller tiles make small products, larger ones leave the cache.
+TILE_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 
 
 class MapLike(Protocol):
@@ -31,7 +32,11 @@ class MapLike(Protocol):
     def shape(self) -> tuple[int, int, int, int]: ...
     @property
     def prefix_tokens(self) -> int: ...
-    def columns_with_softmax(self, start: int, stop: int) -> tuple[Tensor, Tensor]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+    def write_columns(self, start: int, stop: int, out: Tensor) -> Tensor: ...
     def select(self, start: int, stop: int) -> MapLike: ...
 
 
@@ -59,7 +64,7 @@ class Tile:
         start, stop: range of keys; it never straddles prefix tokens and patches.
         part: 0 for the first set of keys (prefix tokens where they are reported apart), 1 for the second.
         applied: columns of the maps that multiplied the values, `[L, B, H, k, Q]`, overwritten by `columns`.
-        softmax: columns of the softmax maps, a list of L tensors `[B, H, k, Q]`.
+        softmax: columns of the softmax maps, L tensors `[B, H, k, Q]`; parts of `applied` where they are the same.
     """
 
     start: int
@@ -110,31 +115,24 @@ def tiles(maps: Sequence[MapLike], tile_bytes: int | None = None) -> Iterator[Ti
     """
     shape = group_shape(maps)
     images = maps[0].shape[0]
-    buffer: Tensor | None = None
+    dtype, device = maps[0].dtype, maps[0].device
+    width = _tile_width(shape, images, dtype.itemsize, tile_bytes or TILE_BYTES.get(device.type, TILE_BYTES["cpu"]))
+    buffer = torch.empty(shape.layers * images * shape.heads * width * shape.queries, dtype=dtype, device=device)
     start = 0
     while start < shape.keys:
         edge = shape.prefix_tokens if start < shape.prefix_tokens and shape.parts == 2 else shape.keys
-        if buffer is None:
-            first, softmax = maps[0].columns_with_softmax(start, start + 1)
-            step = _tile_width(shape, images, first, tile_bytes)
-            buffer = first.new_empty(shape.layers * images * shape.heads * step * shape.queries)
-        stop = min(start + step, edge)
+        stop = min(start + width, edge)
         sizes = (shape.layers, images, shape.heads, stop - start, shape.queries)
-        applied = buffer[: torch.Size(sizes).numel()].view(sizes)
-        softmaxes = []
-        for layer, item in enumerate(maps):
-            columns, softmax = item.columns_with_softmax(start, stop)
-            applied[layer].copy_(columns.mT)
-            softmaxes.append(softmax.mT)
+        applied = buffer[: math.prod(sizes)].view(sizes)
+        softmaxes = [item.write_columns(start, stop, applied[layer]) for layer, item in enumerate(maps)]
         part = int(shape.parts == 2 and start >= shape.prefix_tokens)
         yield Tile(start, stop, part, applied, softmaxes)
         start = stop
 
 
-def _tile_width(shape: GroupShape, images: int, like: Tensor, tile_bytes: int | None) -> int:
-    budget = tile_bytes or TILE_BYTES.get(like.device.type, TILE_BYTES["cpu"])
-    column = shape.layers * images * shape.heads * shape.queries * like.element_size()
-    return max(1, min(shape.keys, budget // max(1, column)))
+def _tile_width(shape: GroupShape, images: int, element: int, tile_bytes: int) -> int:
+    column = shape.layers * images * shape.heads * shape.queries * element
+    return max(1, min(shape.keys, tile_bytes // max(1, column)))
 
 
 @dataclass(frozen=True)
@@ -152,9 +150,17 @@ class TensorMap:
     def select(self, start: int, stop: int) -> TensorMap:
         return TensorMap(self.tensor[start:stop], self.prefix_tokens)
 
-    def columns_with_softmax(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        columns = self.tensor[..., start:stop].to(torch.promote_types(self.tensor.dtype, torch.float32))
-        return columns, columns
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.promote_types(self.tensor.dtype, torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensor.device
+
+    def write_columns(self, start: int, stop: int, out: Tensor) -> Tensor:
+        """Write key columns start..stop-1, key by key, into `out` `[B, H, k, Q]`; returns those of the softmax."""
+        return out.copy_(self.tensor[..., start:stop].mT)
 
 
 def as_maps(maps: Tensor | Sequence[Tensor | MapLike] | Mapping[str, MapLike], prefix_tokens: int) -> list[MapLike]:

@@ -12,7 +12,7 @@ import pandas as pd
 from collapse_probe.result import Analysis, Finding
 
 #: Severity -> symbol and word, gravest first. Both are always shown: colour is never the only sign.
-SEVERITIES = {"problem": ("✗", "Problem"), "warning": ("!", "Warning"), "note": ("i", "Note"), "ok": ("✓", "OK")}
+SEVERITIES = {"problem": ("✗", "Problem"), "warning": ("!", "Warning"), "ok": ("✓", "OK"), "note": ("i", "Note")}
 
 #: Column of the layers table -> its heading. Each has a standard error in ``<column>_se``.
 COLUMNS = {
@@ -54,7 +54,7 @@ class Row:
 
 
 def ordered(findings: list[Finding]) -> list[Finding]:
-    """Gravest first; the order of the diagnosis within one severity."""
+    """Gravest first, then what is well, then notes; the order of the diagnosis within one severity."""
     ranks = list(SEVERITIES)
     return sorted(findings, key=lambda finding: ranks.index(finding.severity) if finding.severity in ranks else 2)
 

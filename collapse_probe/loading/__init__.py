@@ -1,0 +1,14 @@
+"""Model sources and image sources: turn a path or a name into a model or batches, and say what was recognised.
+
+This is the one room that opens strangers' files. It decides by content before torch sees a byte and never unpickles
+arbitrary objects.
+"""
+
+from __future__ import annotations
+
+from collapse_probe.loading.data_config import data_config
+from collapse_probe.loading.image_source import ImageSource, check_skipped
+from collapse_probe.loading.images import open_images
+from collapse_probe.loading.model_source import load_model
+
+__all__ = ["ImageSource", "check_skipped", "data_config", "load_model", "open_images"]

@@ -1,0 +1,148 @@
+"""Put a state dict into a model, strictly: every key and every shape, or an error that lists what differs.
+
+The head is sized from the file, and where keys differ timm's own converter for the architecture is tried first
+(`checkpoint_filter_fn` beside the model's class; original DINOv2, CLIP and Swin weights need it). timm's converters
+also resize position embeddings silently; here that happens only where another image size was asked for.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from collapse_probe.errors import WeightsMismatchError
+
+_PATCH = "patch_embed.proj.weight"
+
+
+def fit_weights(
+    model: nn.Module, state: Mapping[str, Tensor], what: str, *, keep_head: bool = False, resample: bool = False
+) -> list[str]:
+    """Load ``state`` into ``model`` strictly, in the model's own dtype.
+
+    Args:
+        model: a timm model; its classifier is replaced where the file's has another number of classes.
+        state: tensors by key.
+        what: how messages name the two, for example ``"weights.pt (vit_small_patch16_224)"``.
+        keep_head: the number of classes was asked for: do not change it.
+        resample: another image size was asked for: let timm resize position embeddings.
+
+    Returns:
+        Keys whose tensors timm's converter made or changed (empty for a direct match).
+
+    Raises:
+        WeightsMismatchError: keys or shapes differ.
+    """
+    if not keep_head:
+        _size_head(model, state, drop_missing=False)
+    if not resample:
+        _check_positions(model, state, what)
+    own = model.state_dict()
+    fitted = dict(state)
+    if fitted.keys() != own.keys() or (resample and _shapes(fitted) != _shapes(own)):
+        fitted = _converted(model, fitted)
+        if not keep_head:
+            _size_head(model, fitted, drop_missing=True)
+            own = model.state_dict()
+    if _shapes(fitted) != _shapes(own):
+        raise WeightsMismatchError(_difference(_shapes(fitted), _shapes(own), what))
+    try:
+        model.load_state_dict(fitted, strict=True)
+    except RuntimeError as error:
+        raise WeightsMismatchError(f"The weights of {what} cannot be copied: {error}") from None
+    return sorted(key for key, tensor in fitted.items() if key not in state or state[key].shape != tensor.shape)
+
+
+def non_finite(model: nn.Module) -> list[str]:
+    """Keys of parameters and buffers that hold NaN or infinities."""
+    return [
+        key
+        for key, tensor in model.state_dict().items()
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+    ]
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in state.items()}
+
+
+def _size_head(model: nn.Module, state: Mapping[str, Tensor], drop_missing: bool) -> None:
+    """Give the model as many classes as the file's classifier has; none where it has no classifier at all."""
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
+    name = name if isinstance(name, str) else name[0]
+    classes = getattr(model, "num_classes", None)
+    weight = state.get(f"{name}.weight")
+    if weight is None and not drop_missing:
+        return
+    wanted = 0 if weight is None or not weight.ndim else int(weight.shape[0])
+    if classes is not None and wanted != classes and hasattr(model, "reset_classifier"):
+        cast(Any, model).reset_classifier(wanted)
+
+
+def _converted(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict as timm's converter for the architecture rewrites it; unchanged where it has none or fails."""
+    patch, own = state.get(_PATCH), model.state_dict().get(_PATCH)
+    if patch is not None and own is not None and patch.ndim == 4 and patch.shape[2:] != own.shape[2:]:
+        return state  # another patch size is another architecture; the converter would resize it without a word
+    convert: Any = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert is None:
+        return state
+    try:
+        converted = convert(dict(state), model)
+    except Exception:  # it was handed another architecture's keys: the comparison that follows says so better
+        return state
+    return dict(converted) if all(isinstance(tensor, Tensor) for tensor in converted.values()) else state
+
+
+def _check_positions(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Refuse position embeddings of another image size, and say which size they are for."""
+    theirs, ours = state.get("pos_embed"), getattr(model, "pos_embed", None)
+    if not isinstance(theirs, Tensor) or not isinstance(ours, Tensor) or theirs.ndim != 3 or ours.ndim != 3:
+        return
+    prefix = int(getattr(model, "num_prefix_tokens", 1))
+    # Converters move prefix tokens into or out of the position embedding; a larger difference is another grid.
+    if abs(theirs.shape[1] - ours.shape[1]) <= prefix:
+        return
+    raise WeightsMismatchError(
+        f"{what}: the file has {theirs.shape[1]} position embeddings, the model {ours.shape[1]}: the weights are for "
+        f"another image size. {_size_advice(model, theirs.shape[1], ours.shape[1])}"
+    )
+
+
+def _size_advice(model: nn.Module, theirs: int, ours: int) -> str:
+    embed = getattr(model, "patch_embed", None)
+    patches, patch = getattr(embed, "num_patches", None), getattr(embed, "patch_size", None)
+    if isinstance(patches, int) and isinstance(patch, tuple) and theirs > ours - patches:
+        side = math.isqrt(theirs - (ours - patches))
+        if side * side == theirs - (ours - patches) and patch[0] == patch[1]:
+            return f"Use --img-size {side * patch[0]} (img_size={side * patch[0]})."
+    return "Give the image size it was trained at with --img-size."
+
+
+def _difference(theirs: Mapping[str, tuple[int, ...]], ours: Mapping[str, tuple[int, ...]], what: str) -> str:
+    """One paragraph: the first few keys on each side, with shapes."""
+    missing = [f"{key} {list(shape)}" for key, shape in ours.items() if key not in theirs]
+    unexpected = [f"{key} {list(shape)}" for key, shape in theirs.items() if key not in ours]
+    shaped = [
+        f"{key} is {list(theirs[key])} in the file and {list(shape)} in the model"
+        for key, shape in ours.items()
+        if key in theirs and theirs[key] != shape
+    ]
+    parts = [
+        f"{len(keys)} {title}: {', '.join(keys[:4])}{', …' if len(keys) > 4 else ''}"
+        for title, keys in (
+            ("missing in the file", missing),
+            ("unknown to the model", unexpected),
+            ("of another shape", shaped),
+        )
+        if keys
+    ]
+    return (
+        f"The weights do not fit: {what}. Keys {'; '.join(parts)}. Check the architecture (--model, arch=) and its "
+        "arguments (--model-kwargs, model_kwargs=)."
+    )

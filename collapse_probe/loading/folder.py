@@ -1,0 +1,165 @@
+"""A folder of image files as an image source: list, order by hash, decode, batch; unreadable files are skipped."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Generator, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from collapse_probe.errors import ImagesError, UsageError
+from collapse_probe.loading.data_config import make_transform
+from collapse_probe.loading.decode import decode, image_extensions
+from collapse_probe.loading.image_source import ImageSource
+
+
+class FolderImages(ImageSource):
+    """Image files under a folder, in the order of a hash of seed and relative path.
+
+    Attributes:
+        root: the folder.
+        paths: relative paths with forward slashes, in the order of the pass.
+        other_files: how many files were left out because their extension is no image's.
+    """
+
+    kind = "folder"
+
+    def __init__(
+        self,
+        root: str | Path,
+        config: Mapping[str, Any],
+        batch_size: int = 32,
+        workers: int = 0,
+        num_samples: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.root, self._named = Path(root), str(root)
+        if "input_size" not in config:
+            raise UsageError(
+                f"{root} holds files, and the model does not say how it wants its images: give img_size (and mean, "
+                "std), or pass preprocessed images as a tensor or a DataLoader."
+            )
+        channels = config["input_size"][0]
+        if channels not in (1, 3):
+            raise ImagesError(
+                f"Image files give 1 or 3 channels and the model takes {channels}: pass a tensor instead."
+            )
+        found, self.other_files = list_images(self.root)
+        self.paths = seeded_order(found, seed)[:num_samples]
+        super().__init__(config, len(self.paths))
+        self._batch_size, self._workers, self._seed = batch_size, workers, seed
+
+    def dataset(self) -> DecodedImages:
+        """The images one by one, in the order of the pass."""
+        return DecodedImages(self.root, self.paths, make_transform(self.config), self.config["input_size"][0])
+
+    def describe(self) -> dict[str, Any]:
+        """As :meth:`ImageSource.describe`, with the folder as it was named and the files that were left out."""
+        return {**super().describe(), "root": self._named, "other_files": self.other_files, "seed": self._seed}
+
+    def _batches(self) -> Generator[Tensor, None, None]:
+        loader = DataLoader(
+            self.dataset(), batch_size=self._batch_size, num_workers=self._workers, collate_fn=_readable_only
+        )
+        # When this generator is closed the loader's iterator goes with it, and that ends its workers.
+        for images, skipped in loader:
+            self.skipped.extend(skipped)
+            if images is not None:
+                yield images
+
+    def _order(self) -> str:
+        return f"blake2b of seed ({self._seed}) and relative path"
+
+
+class DecodedImages(Dataset[tuple["Tensor | None", str, str]]):
+    """Preprocessed files: ``(image [C, H, W], path, "")``, or ``(None, path, reason)`` for one that cannot be read."""
+
+    def __init__(self, root: Path, paths: list[str], transform: Any, channels: int) -> None:
+        self._root, self._paths, self._transform, self._channels = root, paths, transform, channels
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor | None, str, str]:
+        path = self._paths[index]
+        try:
+            return self._transform(decode(self._root / path, self._channels)), path, ""
+        except Exception as error:  # decoders raise anything on broken files
+            return None, path, f"{type(error).__name__}: {error}".replace(str(self._root / path), "the file")
+
+
+def _readable_only(
+    items: list[tuple[Tensor | None, str, str]],
+) -> tuple[Tensor | None, list[dict[str, str]]]:
+    images = [image for image, _, _ in items if image is not None]
+    skipped = [{"path": path, "reason": reason} for image, path, reason in items if image is None]
+    return torch.stack(images) if images else None, skipped
+
+
+def list_images(root: Path) -> tuple[list[str], int]:
+    """Relative paths (forward slashes) of the image files under a folder, and the number of other files.
+
+    Hidden files and folders are ignored. Linked folders are followed, each folder once, so loops end.
+
+    Raises:
+        ImagesError: it is no folder, cannot be read, or holds no image.
+    """
+    try:
+        is_folder, exists = root.is_dir(), root.exists()
+    except OSError as error:
+        raise ImagesError(f"Cannot read {root}: {error.strerror}.") from None
+    if not is_folder:
+        what = "is a file" if exists else "does not exist"
+        raise ImagesError(f"{root} {what}; expected a folder of images.")
+    extensions = set(image_extensions())
+    found, others = [], 0
+    for path in _files(root):
+        if path.suffix.lower() in extensions:
+            found.append(path.relative_to(root).as_posix())
+        else:
+            others += 1
+    if not found:
+        known = ", ".join(ext for ext in (".jpg", ".jpeg", ".png", ".webp", ".tif", ".bmp") if ext in extensions)
+        raise ImagesError(
+            f"{root} holds no image: of its {others} files none has one of the {len(extensions)} extensions that are "
+            f"read ({known}, …)."
+        )
+    return sorted(found), others
+
+
+def _files(root: Path) -> Iterator[Path]:
+    seen: set[tuple[int, int]] = set()
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=_cannot_list):
+        status = Path(folder).stat()
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        # Sorted, so that of two ways to one folder the same one is taken on every file system.
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (path for name in names if not name.startswith(".") and _is_plain(path := Path(folder, name)))
+
+
+def _is_plain(path: Path) -> bool:
+    """Not a pipe or device, which could block a reader. A dangling link stays in: it is reported as unreadable."""
+    return path.is_file() or not path.exists()
+
+
+def _cannot_list(error: OSError) -> None:
+    raise ImagesError(f"Cannot list {error.filename}: {error.strerror}.") from None
+
+
+def seeded_order(paths: list[str], seed: int) -> list[str]:
+    """The paths in an order that hangs on the seed and each path alone."""
+
+    def key(path: str) -> tuple[bytes, str]:
+        # File names need not be valid UTF-8.
+        content = f"{seed}:{path}".encode("utf-8", "surrogateescape")
+        return hashlib.blake2b(content, digest_size=16).digest(), path
+
+    return sorted(paths, key=key)

@@ -1,0 +1,42 @@
+"""Keep downloads of pretrained weights from hanging where there is no network.
+
+huggingface_hub retries an unreachable server for most of a minute per file. One short probe decides beforehand; where
+it fails, the hub is told to use its cache only, so that cached weights still load and others fail at once.
+"""
+
+from __future__ import annotations
+
+import ssl
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub import constants
+
+PROBE_SECONDS = 5.0
+
+
+def reachable(url: str, seconds: float = PROBE_SECONDS) -> bool:
+    """Whether something answers at that address within the time (whatever it answers); honours proxy settings."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except urllib.error.URLError as error:
+        return isinstance(error.reason, ssl.SSLError)  # a server with certificates that only the hub's client knows
+    except OSError:
+        return False
+
+
+@contextmanager
+def cache_only_without_network() -> Iterator[None]:
+    """Inside, the hub neither connects nor retries if a probe finds no network."""
+    before = constants.HF_HUB_OFFLINE
+    if not before:
+        constants.HF_HUB_OFFLINE = not reachable(constants.ENDPOINT)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before

@@ -1,0 +1,5 @@
+"""`python -m collapse_probe`."""
+
+from collapse_probe.cli import main
+
+main()

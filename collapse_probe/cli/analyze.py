@@ -1,0 +1,192 @@
+"""`collapse-probe analyze`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from collapse_probe.cli.outcome import with_exit_codes
+from collapse_probe.errors import UsageError
+
+MODEL, IMAGES, RUN, RESULT = "Model", "Images", "Running", "Result"
+
+
+@with_exit_codes
+def analyze(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A file with weights, or a timm name (its pretrained weights). Without it: the bundled model on the "
+            "bundled images.",
+            show_default=False,
+        ),
+    ] = None,
+    architecture: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="timm's name of the architecture of the weights.", rich_help_panel=MODEL),
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Weights for the architecture given by --model.", rich_help_panel=MODEL)
+    ] = None,
+    pretrained: Annotated[
+        bool,
+        typer.Option(
+            help="Whether a bare name means its pretrained weights, or a random network.", rich_help_panel=MODEL
+        ),
+    ] = True,
+    use_ema: Annotated[
+        bool, typer.Option("--use-ema", help="Take the averaged weights of a checkpoint.", rich_help_panel=MODEL)
+    ] = False,
+    model_kwargs: Annotated[
+        list[str] | None,
+        typer.Option(help="Arguments of the architecture, as name=value; may be repeated.", rich_help_panel=MODEL),
+    ] = None,
+    images: Annotated[
+        str | None,
+        typer.Option("--images", "--data-dir", help="Folder of images, flat or nested.", rich_help_panel=IMAGES),
+    ] = None,
+    num_samples: Annotated[
+        int | None,
+        typer.Option(help="How many images to look at; at most 1000 of a folder by default.", rich_help_panel=IMAGES),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Chooses images and their order.", rich_help_panel=IMAGES)] = 0,
+    img_size: Annotated[int | None, typer.Option(help="Side of the input in pixels.", rich_help_panel=IMAGES)] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="Override the mean, for example .5,.5,.5.", rich_help_panel=IMAGES)
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="Override the standard deviation.", rich_help_panel=IMAGES)] = None,
+    crop_pct: Annotated[
+        float | None, typer.Option(help="Override the share kept by the crop.", rich_help_panel=IMAGES)
+    ] = None,
+    interpolation: Annotated[
+        str | None, typer.Option(help="Override the interpolation, for example bicubic.", rich_help_panel=IMAGES)
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "-b", help="Images per forward pass.", rich_help_panel=RUN)
+    ] = 32,
+    workers: Annotated[
+        int, typer.Option("--workers", "-j", help="Processes that decode images.", rich_help_panel=RUN)
+    ] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=RUN)] = "auto",
+    amp: Annotated[bool, typer.Option("--amp", help="Run the model in mixed precision.", rich_help_panel=RUN)] = False,
+    amp_dtype: Annotated[str, typer.Option(help="bfloat16 or float16.", rich_help_panel=RUN)] = "bfloat16",
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(help="Only layers whose name matches this pattern; may be repeated.", rich_help_panel=RUN),
+    ] = None,
+    attention: Annotated[
+        str,
+        typer.Option(
+            help="applied (what multiplied the values) or softmax (underneath re-attention).", rich_help_panel=RUN
+        ),
+    ] = "applied",
+    until_se: Annotated[
+        float | None,
+        typer.Option(
+            help="Stop once the standard error of every neighbouring similarity is this small.", rich_help_panel=RUN
+        ),
+    ] = None,
+    threshold: Annotated[
+        float,
+        typer.Option(help="Similarity above which neighbouring blocks are called similar.", rich_help_panel=RESULT),
+    ] = 0.9,
+    nearest: Annotated[
+        int,
+        typer.Option(help="Neighbours on either side that the similarity ratio compares with.", rich_help_panel=RESULT),
+    ] = 1,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "--out", "-o", help="Folder for analysis.json, tables, figures and report.html.", rich_help_panel=RESULT
+        ),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.", rich_help_panel=RESULT)] = False,
+) -> None:
+    """Find out where attention collapses in a model.
+
+    [bold]collapse-probe analyze model.pt --model vit_small_patch16_224 --images val/ --out run/[/bold]
+    """
+    from rich.console import Console
+
+    from collapse_probe.files import check_writable
+    from collapse_probe.progress import ProgressBar
+
+    source, arch, weights = _sources(model, architecture, checkpoint)
+    if out is not None:
+        check_writable(out)
+    arguments = {
+        "arch": arch, "checkpoint": weights, "pretrained": pretrained, "use_ema": use_ema,
+        "model_kwargs": _keyword_arguments(model_kwargs or []), "img_size": img_size, "mean": _numbers("--mean", mean),
+        "std": _numbers("--std", std), "crop_pct": crop_pct, "interpolation": interpolation, "batch_size": batch_size,
+        "workers": workers, "num_samples": num_samples, "device": device, "amp": amp, "amp_dtype": amp_dtype,
+        "seed": seed, "layers": layers or [], "attention": attention, "until_se": until_se, "threshold": threshold,
+        "nearest": nearest,
+    }  # fmt: skip
+    with ProgressBar(quiet=quiet) as progress, warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_args, **_kwargs: progress.note(f"Warning: {message}")
+        from collapse_probe.analysis import analyze as run
+
+        analysis = run(source, images, progress=progress, **arguments)  # type: ignore[arg-type]
+        analysis.provenance["command"] = shlex.join(["collapse-probe", *sys.argv[1:]])
+        if out is not None:
+            _write(analysis, Path(out), progress)
+    from collapse_probe.report.terminal import print_summary
+
+    print_summary(analysis, Console())
+    if out is not None:
+        print(f"\nWritten to {out}: analysis.json, layers.csv, similarity.csv, figures/, report.html")
+
+
+def _sources(model: str | None, arch: str | None, checkpoint: str | None) -> tuple[str | None, str | None, str | None]:
+    """Who gives the weights and who the architecture: (model source, architecture of a file, weights of a name)."""
+    if model is not None and checkpoint is not None:
+        raise UsageError("Weights are given twice, as the argument and by --checkpoint. Use one of them.")
+    if model is None:
+        if checkpoint is not None and arch is None:
+            return checkpoint, None, None
+        return (checkpoint, arch, None) if checkpoint is not None else (arch, None, None)
+    if arch is not None and not Path(model).exists() and "/" not in model and "." not in model:
+        raise UsageError(
+            f"{model!r} is no file, and a name together with --model is ambiguous: give the weights as the argument "
+            "and their architecture by --model, or a name alone."
+        )
+    return model, arch, None
+
+
+def _write(analysis: Any, folder: Path, progress: Any) -> None:
+    from collapse_probe.plots import save_figures
+    from collapse_probe.report.html import write_report
+
+    progress.note(f"Writing {folder}")
+    analysis.save(folder)
+    save_figures(analysis, folder / "figures")
+    write_report(analysis, folder / "report.html")
+
+
+def _keyword_arguments(pairs: list[str]) -> dict[str, Any]:
+    """`name=value` words as keyword arguments; values are JSON where they can be, otherwise text."""
+    arguments = {}
+    for pair in pairs:
+        name, found, value = pair.partition("=")
+        if not found or not name.isidentifier():
+            raise UsageError(f"--model-kwargs {pair!r} is not of the form name=value.")
+        try:
+            arguments[name] = json.loads(value)
+        except json.JSONDecodeError:
+            arguments[name] = {"True": True, "False": False, "None": None}.get(value, value)
+    return arguments
+
+
+def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.replace(",", " ").split())
+    except ValueError:
+        raise UsageError(f"{option} {text!r} is not a list of numbers such as .5,.5,.5.") from None

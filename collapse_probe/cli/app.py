@@ -1,0 +1,51 @@
+"""The `collapse-probe` command."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from collapse_probe.cli.analyze import analyze
+
+app = typer.Typer(
+    name="collapse-probe",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Is attention in a vision transformer collapsing: where, how badly, and what can be done about it?",
+    epilog="Exit codes: 0 done, 1 internal error, 2 usage, 3 model rejected, 4 images insufficient, 5 cannot write, "
+    "6 out of resources, 130 and 143 interrupted.",
+)
+app.command()(analyze)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"collapse-probe {version('collapse-probe')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options of every command; with a callback `analyze` stays a command of its own while it is the only one."""
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    signal.signal(signal.SIGTERM, _terminated)
+    app()
+
+
+def _terminated(*_: Any) -> None:
+    print("Terminated.", file=sys.stderr)
+    raise SystemExit(143)

@@ -1,0 +1,45 @@
+"""What a command ends with: a sentence on stderr and an exit code, never a traceback."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import ParamSpec
+
+import typer
+
+from collapse_probe.errors import CollapseProbeError
+
+P = ParamSpec("P")
+
+
+def with_exit_codes(command: Callable[P, None]) -> Callable[P, None]:
+    """Map exceptions to the exit codes of `collapse_probe.errors`; 1 for what nobody foresaw, 130 for Ctrl-C."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except CollapseProbeError as error:
+            print(f"Error: {error}", file=sys.stderr)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            print("Interrupted.", file=sys.stderr)
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            # The reader of stdout went away; point it elsewhere so that the interpreter's last flush does not complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except Exception as error:
+            if os.environ.get("COLLAPSE_PROBE_DEBUG"):
+                raise
+            print(
+                f"Internal error: {type(error).__name__}: {error}\n"
+                "This is a bug in collapse_probe. Set COLLAPSE_PROBE_DEBUG=1 to see where it happened.",
+                file=sys.stderr,
+            )
+            raise typer.Exit(1) from None
+
+    return run

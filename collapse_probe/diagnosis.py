@@ -63,15 +63,18 @@ def diagnose(analysis: Analysis, similar: float = SIMILAR) -> list[Finding]:
         findings += _uniform(table, uniform, limits)
         findings += _similar_blocks(table, uniform, limits)
         findings += _redundant_heads(table, uniform, limits)
-    if not any(finding.severity in ("warning", "problem") for finding in findings):
-        findings += _healthy(analysis, limits)
+        if not any(finding.severity in ("warning", "problem") for finding in findings):
+            findings += _healthy(table, uniform, limits)
+    if not findings:
+        findings = _nothing_to_compare(analysis)
     order = ("problem", "warning", "ok", "note")
     return sorted(findings, key=lambda finding: order.index(finding.severity))
 
 
 def is_uniform(table: pd.DataFrame, limits: Thresholds) -> pd.Series:
     """Which layers attend nearly uniformly: high entropy and little variation."""
-    deficit = np.log(table["keys"].astype(float)) - table["entropy"]
+    # The largest possible entropy follows from the two readings also where masks admit fewer keys than there are.
+    deficit = table["entropy"] / table["normalized_entropy"] - table["entropy"]
     high = (table["normalized_entropy"] >= limits.uniform_entropy) | (deficit <= limits.uniform_deficit)
     return high & (table["relative_variation"] <= limits.uniform_variation)
 
@@ -126,9 +129,7 @@ def _similar_blocks(table: pd.DataFrame, uniform: pd.Series, limits: Thresholds)
     if len(table) < 2:
         return []
     similar = table["similar_to_previous"].fillna(False).astype(bool).to_numpy()
-    # A pair of blocks in which either is uniform is alike for a reason of its own.
-    flat = uniform.to_numpy()
-    similar = similar & ~(flat | np.concatenate([[False], flat[:-1]]))
+    similar = similar & ~_beside_uniform(uniform)
     if not similar.any():
         return []
     concerned = table[similar]
@@ -185,12 +186,33 @@ def _redundant_heads(table: pd.DataFrame, uniform: pd.Series, limits: Thresholds
     ]
 
 
-def _healthy(analysis: Analysis, limits: Thresholds) -> list[Finding]:
-    neighbours = analysis.layers["similarity_to_previous"].dropna()
+def _nothing_to_compare(analysis: Analysis) -> list[Finding]:
+    return [
+        Finding(
+            code="not-comparable",
+            severity="note",
+            title="No two layers of this model attend over the same tokens, so nothing can be said of collapse.",
+            evidence=f"{len(analysis.layers)} layers in {len(analysis.groups)} groups",
+            threshold="at least two comparable layers of self-attention",
+            source="similarity across layers is defined between maps of the same queries and keys only",
+            advice="Read the readings within each layer.",
+            layers=tuple(analysis.layers.index),
+        )
+    ]
+
+
+def _beside_uniform(uniform: pd.Series) -> np.ndarray:
+    """Layers that are uniform themselves or come after one: such a pair is alike for a reason of its own."""
+    flat = uniform.to_numpy()
+    return flat | np.concatenate([[False], flat[:-1]])
+
+
+def _healthy(table: pd.DataFrame, uniform: pd.Series, limits: Thresholds) -> list[Finding]:
+    neighbours = table["similarity_to_previous"][~_beside_uniform(uniform)].dropna()
     if neighbours.empty:
         return []
     name = str(neighbours.idxmax())
-    row = analysis.layers.loc[name]
+    row = table.loc[name]
     error = row["similarity_to_previous_se"]
     spread = "" if math.isnan(error) else f" ± {error:.3f}"
     return [

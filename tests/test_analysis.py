@@ -156,8 +156,73 @@ def test_layers_can_be_chosen(model):
 def test_layers_of_different_kind_are_not_compared():
     mixed = cp.analyze(build("vit_base_patch16_siglip_224"), IMAGES)
     assert [group.layers[-1] for group in mixed.groups] == ["blocks.2.attn", "attn_pool"]
-    assert mixed.similarity.loc["blocks.0.attn", "attn_pool"] != mixed.similarity.loc["blocks.0.attn", "attn_pool"]
-    assert mixed.similarity.loc["attn_pool", "attn_pool"] == pytest.approx(1)
+    assert np.isnan(mixed.similarity.loc["blocks.0.attn", "attn_pool"])
+    # a single query's columns are numbers, any two of which are alike: absent, not 1
+    assert np.isnan(mixed.similarity.loc["attn_pool", "attn_pool"])
+    assert mixed.layers.loc["attn_pool", "normalized_entropy"] < 1
+    assert all("attn_pool" not in finding.layers for finding in mixed.findings)
+
+
+def test_a_single_pattern_may_be_a_plain_string(model):
+    assert list(cp.analyze(model, IMAGES.double(), layers="blocks.0*").layers.index) == ["blocks.0.attn"]
+
+
+def test_a_compiled_or_wrapped_model_is_unwrapped(model, analysis):
+    for wrapped in (torch.compile(model, backend="eager"), nn.DataParallel(model)):
+        assert_same_numbers(cp.analyze(wrapped, IMAGES.double()), analysis, atol=1e-12)
+
+
+def test_images_of_several_sizes_say_so():
+    class Flexible(nn.Module):
+        def forward(self, x):
+            tokens = x.flatten(2).mT[:, None]
+            return nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)
+
+    batches = [torch.randn(4, 3, 4, 4), torch.randn(4, 3, 6, 6)]
+    with pytest.raises(CaptureError, match="images of one size"):
+        cp.analyze(Flexible(), batches)
+
+
+def test_a_single_layer_has_nothing_to_compare_with():
+    single = cp.analyze(build("vit_tiny_patch16_224", depth=1), IMAGES)
+    assert codes(single) == {"not-comparable"}
+
+
+def test_a_model_is_a_module_a_name_or_a_path():
+    with pytest.raises(UsageError, match="got a int"):
+        cp.analyze(3, IMAGES)
+
+
+class Padded(nn.Module):
+    """Two layers that attend uniformly to the first four of sixteen tokens."""
+
+    def forward(self, x):
+        tokens = x.flatten(2).mT[:, None]
+        mask = (torch.arange(16) < 4)[None]
+        for _ in range(2):
+            tokens = nn.functional.scaled_dot_product_attention(tokens * 0, tokens * 0, tokens, mask)
+        return tokens
+
+
+def test_masked_keys_do_not_count_into_the_largest_entropy():
+    result = cp.analyze(Padded(), torch.randn(8, 3, 4, 4))
+    np.testing.assert_allclose(result.layers["normalized_entropy"], 1)
+    np.testing.assert_allclose(result.layers["entropy"], np.log(4))
+    assert codes(result) == {"uniform-attention"}
+
+
+def test_a_layer_beside_uniform_ones_is_not_called_alike():
+    """Half of the blocks uniform: the verdict on the others rests on pairs of which neither is."""
+    model = copied_attention(4, 3)
+    with torch.no_grad():
+        for block in model.blocks[:3]:
+            block.attn.qkv.weight.mul_(0.01)
+            block.attn.qkv.bias.zero_()
+    result = cp.analyze(model, torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    assert result.layers["similarity_to_previous"].iloc[1] > 0.99
+    assert result.finding("uniform-attention").layers == tuple(f"blocks.{i}.attn" for i in range(3))
+    assert "similar-blocks" not in codes(result)
+    assert "M 0.9" not in result.finding("healthy").evidence
 
 
 def test_it_stops_when_it_is_precise_enough(model):
@@ -205,13 +270,16 @@ def test_save_and_load(analysis, tmp_path):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
-        ({"workers": -1}, "workers must be 0 or more"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1; got 0"),
+        ({"workers": -1}, "workers must be a whole number of at least 0"),
         ({"threshold": 1.5}, r"threshold must lie within -1\.\.1"),
         ({"until_se": 0.0}, "until_se must lie between 0 and 1"),
         ({"attention": "raw"}, "'applied' or 'softmax'; got 'raw'"),
         ({"amp_dtype": "int8"}, "'bfloat16' or 'float16'"),
         ({"device": "warp"}, "device 'warp' is not known"),
+        ({"device": "meta"}, "the meta device holds no numbers"),
+        ({"batch_size": "4"}, "got '4'"),
+        ({"threshold": "high"}, "threshold must be a number; got 'high'"),
         ({"arch": "vit_tiny_patch16_224"}, "the model given is a module"),
     ],
     ids=lambda value: str(value)[:30],

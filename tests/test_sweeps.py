@@ -34,8 +34,8 @@ def test_every_freshly_initialised_network_is_called_untrained_and_nothing_else(
     torch.manual_seed(seed)
     model = timm.create_model(name, **RANDOM[name])
     generator = torch.Generator().manual_seed(seed)
-    size = timm.data.resolve_model_data_config(model)["input_size"]
-    smooth = torch.nn.functional.interpolate(torch.randn(8, 3, 28, 28, generator=generator), size[1:], mode="bicubic")
+    size = model.patch_embed.img_size
+    smooth = torch.nn.functional.interpolate(torch.randn(8, 3, 28, 28, generator=generator), size, mode="bicubic")
     result = cp.analyze(model, smooth, batch_size=4)
     assert [finding.code for finding in result.findings] == ["uniform-attention"], result
     assert not result.not_captured

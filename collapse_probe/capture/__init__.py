@@ -7,10 +7,11 @@ import types
 from torch import nn
 
 from collapse_probe.capture.attention_map import AttentionMap, HeadMix, QueryKey, Stored, TokenLayout, concatenate
-from collapse_probe.capture.groups import layer_groups
+from collapse_probe.capture.groups import NOT_COMPARED, layer_groups
 from collapse_probe.capture.session import Captured, capture
 
 __all__ = [
+    "NOT_COMPARED",
     "AttentionMap",
     "Captured",
     "HeadMix",

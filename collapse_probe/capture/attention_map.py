@@ -46,6 +46,9 @@ class Source(Protocol):
     def columns(self, start: int, stop: int) -> Tensor: ...
     def rows(self, start: int, stop: int) -> Tensor: ...
     def select(self, start: int, stop: int) -> Source: ...
+    def unfold_images(self, images: int) -> Source: ...
+    def clone(self) -> Source: ...
+    def admissible_keys(self) -> Tensor | None: ...
 
 
 @dataclass
@@ -95,6 +98,38 @@ class QueryKey:
             log_normalizer=None if normalizer is None else normalizer[start:stop].to(dtype),
         )
 
+    def unfold_images(self, images: int) -> QueryKey:
+        """The same map where images were folded into the heads of a batch of one: `[1, B H, ...]` -> `[B, H, ...]`."""
+        bias = self.bias
+        if bias is not None and bias.shape[1] > 1:
+            bias = bias.reshape(images, -1, *bias.shape[2:])
+        normalizer = self.log_normalizer
+        return replace(
+            self,
+            q=self.q.reshape(images, -1, *self.q.shape[2:]),
+            k=self.k.reshape(images, -1, *self.k.shape[2:]),
+            bias=bias,
+            log_normalizer=None if normalizer is None else normalizer.reshape(images, -1, normalizer.shape[2]),
+        )
+
+    def clone(self) -> QueryKey:
+        normalizer = self.log_normalizer
+        return replace(
+            self,
+            q=self.q.clone(),
+            k=self.k.clone(),
+            bias=None if self.bias is None else self.bias.clone(),
+            log_normalizer=None if normalizer is None else normalizer.clone(),
+        )
+
+    def admissible_keys(self) -> Tensor | None:
+        """How many keys each query may attend to, broadcastable to `[B, H, Q]`; None where that is all of them."""
+        _, _, queries, keys = self.shape
+        allowed = self._allowed(slice(0, queries), slice(0, keys), self.q)
+        if allowed is None or not (allowed == -torch.inf).any():
+            return None
+        return (allowed > -torch.inf).expand(*allowed.shape[:-1], keys).sum(-1)
+
     def columns(self, start: int, stop: int) -> Tensor:
         """Probabilities of keys start..stop-1: `[B, H, Q, stop-start]`."""
         batch, heads, queries, _ = self.shape
@@ -131,7 +166,7 @@ class QueryKey:
             return bias
         row = torch.arange(queries.start, queries.stop, device=like.device)[:, None]
         column = torch.arange(keys.start, keys.stop, device=like.device)
-        future = torch.zeros(row.shape[0], column.shape[0], dtype=like.dtype, device=like.device)
+        future = torch.zeros(1, 1, row.shape[0], column.shape[0], dtype=like.dtype, device=like.device)
         future.masked_fill_(column > row, -torch.inf)
         return future if bias is None else bias + future
 
@@ -169,6 +204,16 @@ class Stored:
 
     def select(self, start: int, stop: int) -> Stored:
         return Stored(self.tensor[start:stop])
+
+    def unfold_images(self, images: int) -> Stored:
+        """The same map where images were folded into the heads of a batch of one."""
+        return Stored(self.tensor.reshape(images, -1, *self.tensor.shape[2:]))
+
+    def clone(self) -> Stored:
+        return Stored(self.tensor.clone())
+
+    def admissible_keys(self) -> None:
+        """Masks of a map that was only seen as a whole are not known."""
 
     def columns(self, start: int, stop: int) -> Tensor:
         return self.tensor[..., start:stop].to(self.dtype)
@@ -270,7 +315,8 @@ class AttentionMap:
             IndexError: the range does not lie within 0..K.
         """
         _check_range("columns", start, stop, self.shape[3])
-        return self._mixed(self.source.columns(start, stop))
+        with torch.autocast(self.device.type, enabled=False):
+            return self._mixed(self.source.columns(start, stop))
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Query rows start..stop-1: `[B, H, stop-start, K]`, float32 or wider.
@@ -279,7 +325,8 @@ class AttentionMap:
             IndexError: the range does not lie within 0..Q.
         """
         _check_range("rows", start, stop, self.shape[2])
-        return self._mixed(self.source.rows(start, stop))
+        with torch.autocast(self.device.type, enabled=False):
+            return self._mixed(self.source.rows(start, stop))
 
     def write_columns(self, start: int, stop: int, out: Tensor) -> Tensor:
         """Write key columns start..stop-1, key by key, into a contiguous `out` `[B, H, stop-start, Q]`.
@@ -300,10 +347,18 @@ class AttentionMap:
         out.copy_(self.mix(softmax))
         return softmax
 
+    def admissible_keys(self) -> Tensor | None:
+        """How many keys each query of the softmax may attend to, broadcastable to `[B, H, Q]`; None for all of them."""
+        return (self.origin or self.source).admissible_keys()
+
     def select(self, start: int, stop: int) -> AttentionMap:
         """The same layer for images start..stop-1."""
         origin = None if self.origin is None else self.origin.select(start, stop)
         return replace(self, source=self.source.select(start, stop), origin=origin)
+
+    def clone(self) -> AttentionMap:
+        """The same map in memory of its own: parts of a batch would keep all of it alive."""
+        return replace(self, source=self.source.clone(), origin=None if self.origin is None else self.origin.clone())
 
     def _mixed(self, part: Tensor) -> Tensor:
         return part if self.mix is None else self.mix(part)
@@ -328,7 +383,8 @@ def concatenate(maps: Sequence[AttentionMap]) -> AttentionMap:
 
 def _concatenate_sources(sources: Sequence[Source]) -> Source:
     query_keys = [source for source in sources if isinstance(source, QueryKey)]
-    if len(query_keys) < len(sources):
+    settings = {(source.scale, source.causal) for source in query_keys}
+    if len(query_keys) < len(sources) or len(settings) > 1:
         return Stored(torch.cat([source.rows(0, source.shape[2]) for source in sources]))
     normalizers = [source.log_normalizer for source in query_keys if source.log_normalizer is not None]
     return replace(
@@ -341,10 +397,23 @@ def _concatenate_sources(sources: Sequence[Source]) -> Source:
 
 
 def _concatenate_biases(sources: Sequence[QueryKey]) -> Tensor | None:
-    biases = [source.bias for source in sources if source.bias is not None]
-    if not biases or (all(torch.equal(bias, biases[0]) for bias in biases) and biases[0].shape[0] == 1):
-        return biases[0] if biases else None
-    return torch.cat([bias.expand(source.shape[0], -1, -1, -1) for bias, source in zip(biases, sources, strict=True)])
+    biases = [source.bias for source in sources]
+    first = biases[0]
+    if all(bias is None for bias in biases):
+        return None
+    if (
+        first is not None
+        and first.shape[0] == 1
+        and all(bias is not None and torch.equal(bias, first) for bias in biases)
+    ):
+        return first
+    return torch.cat([_full_bias(source) for source in sources])
+
+
+def _full_bias(source: QueryKey) -> Tensor:
+    """The bias with every axis spelled out; zeros where there is none."""
+    bias = source.q.new_zeros(()) if source.bias is None else source.bias
+    return bias.expand(source.shape)
 
 
 def _same_mix(one: HeadMix | None, other: HeadMix | None) -> bool:

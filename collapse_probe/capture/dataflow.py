@@ -9,18 +9,20 @@ and outputs exactly as they are, and needs no cooperation of the model:
 - the native encoder layer brings its input and its weights, from which queries and keys follow;
 - an explicit softmax is followed through reshapes, dropout, head mixing and normalisation to the batched product whose
   left operand it is. Scores that came from a batched product of queries and keys, scaled and biased, make the map lazy;
-  where something happens that is not understood, the tensor that multiplied the values is kept instead.
+  where something happens that is not understood, the tensor that multiplied the values is kept instead;
+- a softmax that never reaches a product is reported, so that nothing is missed in silence.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,7 +38,15 @@ from collapse_probe.capture.kernels import (
     native_sighting,
     shrunk,
 )
-from collapse_probe.capture.operators import arrives_whole, as_number, memory_key
+from collapse_probe.capture.operators import (
+    arrives_whole,
+    as_number,
+    memory_key,
+    run_parts,
+    storage_of,
+    tensors_in,
+    written_storages,
+)
 
 aten = torch.ops.aten
 
@@ -54,11 +64,22 @@ class _Scores:
 
 @dataclass(frozen=True)
 class _Weights:
-    """A softmax on its way to the values; `lossy` once something was applied that only the tensor itself can tell."""
+    """A softmax on its way to the values.
 
+    Attributes:
+        serial: which softmax.
+        shape: of the tensor that is followed.
+        softmax: the softmax itself, an own copy or its ingredients.
+        mix: what was applied over heads.
+        transposed: whether queries and keys have changed places.
+        lossy: whether something was applied that only the tensor itself can tell.
+    """
+
+    serial: int
     shape: tuple[int, ...]
     softmax: Source
     mix: HeadMix | None = None
+    transposed: bool = False
     lossy: bool = False
 
 
@@ -76,65 +97,97 @@ _SHAPES = {
     aten.contiguous.default,
     aten.lift_fresh.default,
     aten._to_copy.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
 }
 _SOFTMAX = {aten._softmax.default, aten._safe_softmax.default}
 _PRODUCTS = {aten.bmm.default}
+_MULTIPLY = {aten.mul.Tensor, aten.mul.Scalar, aten.mul_.Tensor}
+_DIVIDE = {aten.div.Tensor, aten.div_.Tensor, aten.div.Scalar}
+_ADD = {aten.add.Tensor, aten.add_.Tensor}
 
 
 class AttentionTracer(TorchDispatchMode):
     """Sees every operator while it is active and reports attention to `emit`.
 
+    Following never changes what runs: an operator is called once, as it came, and whatever goes wrong in following it
+    becomes a reported gap.
+
     Args:
         emit: receives each :class:`Sighting` at the moment of its product with the values.
-        active: answers whether the model under observation is running; elsewhere operators pass untouched.
-        heads: answers how many heads the module that runs right now has, or None; asked only where heads are folded
-            into the batch axis.
+        where: the running module of the model under observation, or None; elsewhere operators pass untouched.
+        heads: answers how many heads that module has, or None; asked only where heads are folded into the batch axis.
     """
 
-    def __init__(self, emit: _Emit, active: Callable[[], bool], heads: Heads) -> None:
+    supports_higher_order_operators = True
+
+    def __init__(self, emit: _Emit, where: Callable[[], nn.Module | None], heads: Heads) -> None:
         super().__init__()
-        self._emit, self._active, self._heads = emit, active, heads
+        self._emit, self._where, self._heads = emit, where, heads
         self._nodes: dict[tuple[Any, ...], tuple[StorageWeakRef, _Node]] = {}
+        self._serials = itertools.count()
+        self.unfinished: dict[int, tuple[nn.Module, str]] = {}
 
     def reset(self) -> None:
         """Forget every tensor that is being followed."""
         self._nodes.clear()
+        self.unfinished.clear()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if not self._active():
+        if self._where() is None:
             return func(*args, **kwargs)
+        if not isinstance(func, torch._ops.OpOverload):
+            out = func(*args, **kwargs)
+            if "attention" in str(func):
+                self._emit(Sighting(reason=f"{func} is a kernel of its own that shows neither logits nor map"))
+            return out
         if arrives_whole(func, args):
             # Under inference mode composite operators arrive whole; run their own parts, which is what they would do.
             with self:
-                parts = func.decompose(*args, **kwargs)
-            if parts is not NotImplemented:
-                return parts
-        node = self._followed(args) if self._nodes else None
-        fused = is_fused_attention(func)
+                return run_parts(func, args, kwargs)
+        found = self._followed(args) if self._nodes else None
         out = func(*args, **kwargs)
-        if fused:
+        try:
+            self._observe(found, func, args, kwargs, out)
+        except Exception as error:
+            self._nodes.clear()
+            self._emit(Sighting(reason=f"its operators could not be followed ({type(error).__name__}: {error})"))
+        return out
+
+    def _observe(self, found: tuple[_Node, int] | None, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        node, position = found or (None, 0)
+        if is_fused_attention(func):
             self._emit(fused_sighting(func, args, kwargs, out, self._heads))
         elif func in NATIVE:
             self._emit(native_sighting(func, args, kwargs))
-        elif func in _PRODUCTS:
-            self._product(node, args, out)
+        elif func in _PRODUCTS and self._product(args[0], args[1], out):
+            pass
         elif func in _SOFTMAX:
-            self._softmax(node, args, out)
-        elif node is not None:
-            self._step(node, func, args, kwargs, out)
-        return out
+            self._softmax(node, args[0], args[1], out)
+        else:
+            following = None if node is None else _step(node, position, func, args, kwargs, out)
+            if func._schema.is_mutable and self._nodes:
+                self._invalidate(written_storages(func, args, kwargs))
+            if following is not None:
+                self._follow(out[0] if isinstance(out, (tuple, list)) else out, following)
 
     # -- following tensors -------------------------------------------------------------------------------------------
 
-    def _followed(self, args: tuple[Any, ...]) -> _Node | None:
-        for argument in args:
-            if isinstance(argument, Tensor):
-                found = self._nodes.get(memory_key(argument))
-                if found is not None:
-                    return found[1]
+    def _node(self, tensor: Tensor) -> _Node | None:
+        entry = self._nodes.get(memory_key(tensor))
+        return None if entry is None else entry[1]
+
+    def _followed(self, args: tuple[Any, ...]) -> tuple[_Node, int] | None:
+        """The first followed tensor among the arguments and where it stands; -1 within a list."""
+        for position, argument in enumerate(args):
+            for tensor in tensors_in(argument):
+                node = self._node(tensor)
+                if node is not None:
+                    return node, position if tensor is argument else -1
         return None
 
     def _follow(self, tensor: Tensor, node: _Node) -> None:
@@ -143,99 +196,141 @@ class AttentionTracer(TorchDispatchMode):
     def _forget_freed(self) -> None:
         self._nodes = {key: entry for key, entry in self._nodes.items() if not entry[0].expired()}
 
+    def _invalidate(self, written: Iterable[int]) -> None:
+        """Memory was written to, perhaps through a view: scores made of it are no longer known, weights are lossy."""
+        written = set(written)
+        nodes: dict[tuple[Any, ...], tuple[StorageWeakRef, _Node]] = {}
+        for key, (reference, node) in self._nodes.items():
+            if isinstance(node, _Weights):
+                nodes[key] = (reference, replace(node, lossy=True) if key[0] in written else node)
+            elif not written & {key[0], storage_of(node.q), storage_of(node.k)}:
+                nodes[key] = (reference, node)
+        self._nodes = nodes
+
     # -- the operators that matter -----------------------------------------------------------------------------------
 
-    def _product(self, node: _Node | None, args: tuple[Any, ...], out: Tensor) -> None:
-        """A batched product is either queries times keys, or a map times values."""
-        left, right = args[0], args[1]
-        if isinstance(node, _Weights) and self._nodes.get(memory_key(left), (None, None))[1] is node:
-            if tuple(left.shape[-2:]) == node.softmax.shape[2:]:
-                self._emit(self._applied(node, left))
-            return
+    def _product(self, left: Tensor, right: Tensor, out: Tensor) -> bool:
+        """A batched product is a map times values, queries times keys, or something that happens to either."""
+        for operand, applied in ((left, left), (right, right.mT)):
+            node = self._node(operand)
+            if isinstance(node, _Weights) and tuple(applied.shape[-2:]) == node.softmax.shape[2:]:
+                self.unfinished.pop(node.serial, None)
+                straight = node.transposed == (operand is right) and not node.lossy
+                self._emit(Sighting(node.softmax, node.mix) if straight else self._kept(node, applied))
+                return True
+        if isinstance(self._node(left), _Weights) or isinstance(self._node(right), _Weights):
+            return False
         self._forget_freed()
         self._follow(out, _Scores(tuple(out.shape), left.detach(), right.detach()))
+        return True
 
-    def _softmax(self, node: _Node | None, args: tuple[Any, ...], out: Tensor) -> None:
-        logits, dim = args[0], args[1]
-        if logits.ndim < 3 or dim % logits.ndim != logits.ndim - 1:
+    def _softmax(self, node: _Node | None, logits: Tensor, dim: int, out: Tensor) -> None:
+        if logits.ndim < 3:
             return
-        source: Source
+        serial, module = next(self._serials), self._where()
+        assert module is not None
+        axis = dim % logits.ndim
+        self.unfinished[serial] = (
+            module,
+            f"a softmax over axis {axis} of {list(logits.shape)} was not seen to multiply values",
+        )
+        if axis != logits.ndim - 1:
+            return
+        source: Source | None = None
         if isinstance(node, _Scores) and node.shape == tuple(logits.shape):
             source = _query_key(node, self._heads)
-        else:
-            source = Stored(four_axes(out.detach(), self._heads))
-        self._follow(out, _Weights(tuple(out.shape), source))
+        if source is None:  # an own copy, because what comes next may write to it
+            source = Stored(four_axes(out.detach(), self._heads).clone())
+        self._follow(out, _Weights(serial, tuple(out.shape), source))
 
-    def _step(self, node: _Node, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        """Anything else that happens to a tensor on its way: understood, or known to be lossy."""
-        result = out[0] if isinstance(out, (tuple, list)) else out
-        if not isinstance(result, Tensor):
-            return
-        if isinstance(node, _Scores):
-            following: _Node | None = _scores_step(node, func, args, result)
-        else:
-            following = _weights_step(node, func, args, kwargs, out)
-        if following is not None:
-            self._follow(result, following)
-        elif func._schema.is_mutable:
-            self._nodes.pop(memory_key(result), None)
-
-    def _applied(self, node: _Weights, operand: Tensor) -> Sighting:
-        if not node.lossy:
-            return Sighting(source=node.softmax, mix=node.mix)
-        batch, heads, queries, keys = node.softmax.shape
+    def _kept(self, node: _Weights, operand: Tensor) -> Sighting:
+        """The operand itself is kept, because only it can tell what multiplied the values."""
         applied = operand.detach()
-        if applied.numel() == batch * heads * queries * keys:
-            applied = applied.reshape(batch, heads, queries, keys)
-        return Sighting(source=Stored(four_axes(applied, self._heads).clone()), origin=node.softmax)
+        if applied.numel() == math.prod(node.softmax.shape):
+            applied = applied.reshape(node.softmax.shape)
+        applied = four_axes(applied, self._heads).clone(memory_format=torch.contiguous_format)
+        return Sighting(Stored(applied), origin=node.softmax)
 
 
-def _scores_step(node: _Scores, func: Any, args: tuple[Any, ...], out: Tensor) -> _Scores | None:
-    shape = tuple(out.shape)
-    if func in _SHAPES:
-        return replace(node, shape=shape) if shape[-2:] == node.shape[-2:] else None
-    if shape != node.shape or len(args) < 2:
+def _step(node: _Node, position: int, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> _Node | None:
+    """What becomes of a followed tensor under an operator, or None where it is lost."""
+    result = out[0] if isinstance(out, (tuple, list)) and out else out
+    if not isinstance(result, Tensor):
         return None
-    other = args[1]
-    if func in (aten.mul.Tensor, aten.mul.Scalar, aten.mul_.Tensor, aten.div.Tensor, aten.div_.Tensor, aten.div.Scalar):
+    if isinstance(node, _Scores):
+        return _scores_step(node, position, func, args, kwargs, result)
+    return _weights_step(node, position, func, args, kwargs, out)
+
+
+def _scores_step(
+    node: _Scores, position: int, func: Any, args: Any, kwargs: dict[str, Any], out: Tensor
+) -> _Scores | None:
+    shape = tuple(out.shape)
+    if position == 0 and _keeps_order(func, args, out):
+        return replace(node, shape=shape)
+    if shape != node.shape or position not in (0, 1) or len(args) < 2:
+        return None
+    other = args[1 - position]
+    if func in _MULTIPLY or (func in _DIVIDE and position == 0 and not kwargs):
         factor = as_number(other)
-        if factor is None or as_number(args[0]) is not None:
+        if factor is None:
             return None
-        factor = 1 / factor if func in (aten.div.Tensor, aten.div_.Tensor, aten.div.Scalar) else factor
+        factor = 1 / factor if func in _DIVIDE else factor
         return replace(node, scale=node.scale * factor, bias=None if node.bias is None else node.bias * factor)
-    if func in (aten.add.Tensor, aten.add_.Tensor) and isinstance(other, Tensor):
-        bias = other if tuple(args[0].shape) == node.shape else args[0]
-        if not 2 <= bias.ndim <= 4 or len(shape) != 4:
+    if func in _ADD and isinstance(other, Tensor) and kwargs.get("alpha", 1) == 1:
+        own_axes = shape[-2:] == (node.q.shape[-2], node.k.shape[-1])
+        if not 2 <= other.ndim <= 4 or len(shape) != 4 or not own_axes or not other.is_floating_point():
             return None
-        bias = shrunk(bias)
+        bias = shrunk(other)
         return replace(node, bias=bias if node.bias is None else node.bias + bias)
     return None
 
 
 def _weights_step(
-    node: _Weights, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    node: _Weights, position: int, func: Any, args: Any, kwargs: dict[str, Any], out: Any
 ) -> _Weights | None:
     result = out[0] if isinstance(out, (tuple, list)) else out
     shape = tuple(result.shape)
-    if func in _SHAPES and shape[-2:] == node.shape[-2:]:
-        return replace(node, shape=shape)
-    if func is aten.native_dropout.default and not (args[2] and args[1] > 0):
-        return replace(node, shape=shape)
-    mix = None if node.lossy or len(node.shape) != 4 else head_mix(node.shape, func, args, kwargs, out)
-    if mix is not None:
-        return replace(node, shape=shape, mix=mix if node.mix is None else node.mix.then(mix))
+    if position == 0:
+        if _keeps_order(func, args, result):
+            return replace(node, shape=shape)
+        if func is aten.transpose.int and {args[1] % len(shape), args[2] % len(shape)} == {
+            len(shape) - 2,
+            len(shape) - 1,
+        }:
+            return replace(node, shape=shape, transposed=not node.transposed)
+        if func is aten.native_dropout.default and not (args[2] and args[1] > 0):
+            return replace(node, shape=shape)
+        plain = not node.lossy and not node.transposed and node.shape == node.softmax.shape
+        mix = head_mix(node.shape, func, args, kwargs, out) if plain else None
+        if mix is not None:
+            return replace(node, shape=shape, mix=mix if node.mix is None else node.mix.then(mix))
     # Anything that keeps every entry, or at least the map's own two axes, may still be on its way to the values.
-    if result.numel() == math.prod(node.softmax.shape) or shape[-2:] == node.softmax.shape[2:]:
+    axes = node.softmax.shape[2:]
+    if result.numel() == math.prod(node.softmax.shape) or shape[-2:] in (axes, axes[::-1]):
         return replace(node, shape=shape, lossy=True)
     return None
 
 
-def _query_key(node: _Scores, heads: Heads) -> QueryKey:
-    """Own copies of queries and keys with the heads where they belong."""
+def _keeps_order(func: Any, args: Any, out: Tensor) -> bool:
+    """Whether an operator only arranges the same entries, in the same order, under another shape."""
+    if func is aten.permute.default:
+        moved = [axis % args[0].ndim for axis in args[1]]
+        kept = [axis for axis in moved if args[0].shape[axis] > 1]
+        return kept == sorted(kept)
+    return func in _SHAPES and out.numel() == args[0].numel()
+
+
+def _query_key(node: _Scores, heads: Heads) -> QueryKey | None:
+    """Own copies of queries and keys with the heads where they belong; None where the scores were expanded since."""
     q, k = node.q, node.k.mT
+    if node.shape[-2:] != (q.shape[1], k.shape[1]) or math.prod(node.shape[:-2]) != q.shape[0]:
+        return None
     if len(node.shape) == 4:
         batch, count = node.shape[:2]
         q, k = q.reshape(batch, count, *q.shape[1:]), k.reshape(batch, count, *k.shape[1:])
+    elif node.bias is not None:
+        return None
     else:
         q, k = four_axes(q, heads), four_axes(k, heads)
     contiguous = torch.contiguous_format

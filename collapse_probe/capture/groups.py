@@ -6,16 +6,24 @@ from collections.abc import Mapping
 
 from collapse_probe.capture.attention_map import AttentionMap
 
+#: Kinds whose maps are captured and not compared across layers, and why.
+NOT_COMPARED = {
+    "window": "windowed attention: captured, and not compared across layers by this version",
+    "channel": "channels attend to channels: captured, and left out of what is said of tokens",
+}
+
 
 def layer_groups(maps: Mapping[str, AttentionMap]) -> list[list[str]]:
     """Names of comparable layers, group by group, each in execution order, groups in order of their first layer.
 
-    Windowed maps are in no group: several maps of one image lie in their batch axis.
+    Kinds of :data:`NOT_COMPARED` are in no group. The second map of a layer that attends twice is compared with the
+    second maps of others.
     """
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, attention in maps.items():
-        if attention.kind == "window":
+        if attention.kind in NOT_COMPARED:
             continue
         _, heads, queries, keys = attention.shape
-        groups.setdefault((attention.kind, heads, queries, keys, attention.layout), []).append(name)
+        call = name.partition("#")[2]
+        groups.setdefault((attention.kind, heads, queries, keys, attention.layout, call), []).append(name)
     return list(groups.values())

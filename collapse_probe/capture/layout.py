@@ -6,7 +6,7 @@ import math
 
 from torch import nn
 
-from collapse_probe.capture.attention_map import TokenLayout
+from collapse_probe.capture.attention_map import QueryKey, Source, TokenLayout
 
 
 def token_layout(model: nn.Module, keys: int, image_size: tuple[int, int] | None = None) -> TokenLayout:
@@ -18,6 +18,20 @@ def token_layout(model: nn.Module, keys: int, image_size: tuple[int, int] | None
         if grid is not None:
             return TokenLayout(prefix, grid)
     return TokenLayout(stated if isinstance(stated, int) and stated < keys else 0)
+
+
+def is_channel_attention(source: Source, owner: nn.Module | None, layout: TokenLayout) -> bool:
+    """Whether channels attend to channels (XCiT): the product of queries and keys ran over the tokens instead or, where
+    queries and keys are not known, the map is as large as a head is wide."""
+    embed = getattr(owner, "patch_embed", None)
+    patches = getattr(embed, "num_patches", None)
+    if not isinstance(patches, int):
+        return False
+    tokens = {patches, patches + layout.prefix_tokens}
+    _, heads, _, keys = source.shape
+    if isinstance(source, QueryKey):
+        return keys not in tokens and source.q.shape[-1] in tokens
+    return keys not in tokens and keys * heads == getattr(owner, "embed_dim", None)
 
 
 def _grid(model: nn.Module, patches: int, image_size: tuple[int, int] | None) -> tuple[int, int] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,9 +32,10 @@ def as_number(value: Any) -> float | None:
 
 def arrives_whole(func: Any, args: tuple[Any, ...]) -> bool:
     """Whether this operator is only a sum of others on this device, so that its parts can be seen one by one."""
-    tensor = next((argument for argument in args if isinstance(argument, Tensor)), None)
-    if tensor is None or tensor.is_nested or tensor.layout is not torch.strided:
+    tensors = [tensor for argument in args for tensor in tensors_in(argument)]
+    if not tensors or any(tensor.is_nested or tensor.layout is not torch.strided for tensor in tensors):
         return False
+    tensor = tensors[0]
     key = (func, tensor.device.type)
     if key not in _COMPOSITE:
         has = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -42,14 +44,42 @@ def arrives_whole(func: Any, args: tuple[Any, ...]) -> bool:
     return _COMPOSITE[key]
 
 
+def run_parts(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a composite operator through its own kernel, as PyTorch would: not through a Python decomposition, which can
+    round differently."""
+    return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
+
+
+def tensors_in(argument: Any) -> Iterator[Tensor]:
+    """The tensor that an argument is, or those that it lists."""
+    if isinstance(argument, Tensor):
+        yield argument
+    elif isinstance(argument, (list, tuple)):
+        yield from (item for item in argument if isinstance(item, Tensor))
+
+
+def written_storages(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[int]:
+    """Storages that an operator writes to."""
+    named = named_arguments(func, args, kwargs)
+    for argument in func._schema.arguments:
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield from (storage_of(tensor) for tensor in tensors_in(named.get(argument.name)))
+
+
+def storage_of(tensor: Tensor) -> int:
+    """The address of a tensor's storage; its own where it has none (sparse and nested tensors)."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return id(tensor)
+
+
 def memory_key(tensor: Tensor) -> tuple[Any, ...]:
     """What identifies a tensor's memory and geometry.
 
     The address of a freed storage can be used again; whoever keeps a key must hold a weak reference to the storage,
     which prevents that.
     """
-    try:
-        storage = tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # sparse and nested tensors have no storage of their own
+    if tensor.is_nested or tensor.layout is not torch.strided:
         return (id(tensor),)
-    return (storage, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()))
+    return (storage_of(tensor), tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()))

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from collapse_probe.capture.attention_map import AttentionMap, TokenLayout
+from collapse_probe.capture.attention_map import AttentionMap, Source, TokenLayout
 from collapse_probe.capture.dataflow import AttentionTracer
 from collapse_probe.capture.hooks import ModuleStack
 from collapse_probe.capture.kernels import Sighting
-from collapse_probe.capture.layout import token_layout
+from collapse_probe.capture.layout import is_channel_attention, token_layout
 from collapse_probe.errors import UsageError
 
 _ATTENTION_CLASS = re.compile(r"attn|attention", re.IGNORECASE)
@@ -33,59 +33,90 @@ class Captured:
     def __init__(self, model: nn.Module) -> None:
         self.maps: dict[str, AttentionMap] = {}
         self.not_captured: dict[str, str] = {}
-        self._model = model
         self._images: int | None = None
         self._image_size: tuple[int, int] | None = None
-        self._seen: set[str] = set()
+        self._seen: set[nn.Module] = set()
+        self._stale = False
         self._stack = ModuleStack(model, self._begin, self._end)
-        self._tracer = AttentionTracer(self._record, lambda: self._stack.top is not None, self._heads)
+        self._tracer = AttentionTracer(self._record, lambda: self._stack.top, self._heads)
 
     def __repr__(self) -> str:
         missing = f", {len(self.not_captured)} not captured" if self.not_captured else ""
         return f"Captured({len(self.maps)} maps{missing})"
 
     def _begin(self, inputs: tuple[Any, ...]) -> None:
-        self.maps, self.not_captured, self._seen = {}, {}, set()
-        first = next((item for item in inputs if isinstance(item, Tensor)), None)
-        self._images = None if first is None else first.shape[0]
+        """A pass begins. What is known is thrown away only when it attends: `forward_head` after a pass does not."""
+        self._stale = True
+        self._tracer.reset()
+        first = next((item for item in inputs if isinstance(item, Tensor) and not item.is_nested), None)
+        self._images = None if first is None or not first.ndim else first.shape[0]
         self._image_size = (first.shape[-2], first.shape[-1]) if first is not None and first.ndim == 4 else None
 
+    def _refresh(self) -> None:
+        if self._stale:
+            self.maps, self.not_captured, self._seen, self._stale = {}, {}, set(), False
+
     def _end(self) -> None:
+        for module, reason in self._tracer.unfinished.values():
+            self._refresh()
+            self._seen.add(module)
+            self.not_captured[_unused(self._name(module), self.not_captured)] = reason
         self._tracer.reset()
         for module, name in self._stack.names.items():
-            if module in self._stack.calls and _looks_like_attention(module) and not self._seen_within(name):
+            if not _looks_like_attention(module):
+                continue
+            if module in self._stack.elsewhere:
+                self._refresh()
+                self.not_captured[name] = "it ran in another thread, where it cannot be observed"
+            elif module in self._stack.ran and not self._seen_within(module):
+                self._refresh()
                 self.not_captured[name] = "it ran, and no product of a softmax with values was seen in it"
 
-    def _seen_within(self, name: str) -> bool:
-        return any(seen == name or seen.startswith(f"{name}.") or not name for seen in self._seen)
+    def _seen_within(self, module: nn.Module) -> bool:
+        return any(part in self._seen for part in module.modules())
+
+    def _name(self, module: nn.Module) -> str:
+        return self._stack.names[module] or type(module).__name__
 
     def _record(self, sighting: Sighting) -> None:
         top = self._stack.top
         assert top is not None  # the tracer is active only while a module runs
-        name = self._stack.names[top] or type(self._model).__name__
-        name = f"{name}.{sighting.submodule}" if sighting.submodule else name
-        self._seen.add(self._stack.names[top])
+        self._refresh()
+        self._seen.add(top)
+        name = f"{self._name(top)}.{sighting.submodule}" if sighting.submodule else self._name(top)
         key = _unused(name, self.maps.keys() | self.not_captured.keys())
         if sighting.source is None:
             self.not_captured[key] = sighting.reason
             return
-        batch, _, queries, keys = sighting.source.shape
-        layout = token_layout(self._model, keys, self._image_size)
-        kind = self._kind(batch, queries, keys)
-        if kind == "window":
+        source, origin = (self._unfolded(item) for item in (sighting.source, sighting.origin))
+        assert source is not None
+        owner = next((item for item in reversed(self._stack.running) if hasattr(item, "num_prefix_tokens")), None)
+        layout = token_layout(owner or self._stack.running[0], source.shape[3], self._image_size)
+        kind = self._kind(source, owner, layout)
+        if kind not in ("token", "class"):
             layout = TokenLayout()
-        self.maps[key] = AttentionMap(key, kind, layout, sighting.source, sighting.mix, sighting.origin)
+        self.maps[key] = AttentionMap(key, kind, layout, source, sighting.mix, origin)
 
-    def _kind(self, batch: int, queries: int, keys: int) -> str:
+    def _unfolded(self, source: Source | None) -> Source | None:
+        """The same map with images on the batch axis, where a fused kernel was given them folded into the heads."""
+        if source is None or not self._images or source.shape[0] != 1 or source.shape[1] % self._images:
+            return source
+        return source.unfold_images(self._images)
+
+    def _kind(self, source: Source, owner: nn.Module | None, layout: TokenLayout) -> str:
+        batch, _, queries, keys = source.shape
         if self._images and batch != self._images:
             return "window"
-        if queries == keys:
-            return "token"
-        return "class" if queries == 1 else "cross"
+        if queries != keys:
+            return "class" if queries == 1 else "cross"
+        return "channel" if is_channel_attention(source, owner, layout) else "token"
 
     def _heads(self) -> int | None:
-        heads = getattr(self._stack.top, "num_heads", None)
-        return heads if isinstance(heads, int) else None
+        for name in ("num_heads", "n_heads", "heads", "n_head", "nhead", "num_attention_heads"):
+            heads = getattr(self._stack.top, name, None)
+            if isinstance(heads, int):
+                return heads
+        return None
 
 
 @contextlib.contextmanager

@@ -80,6 +80,9 @@ class TileMetric(Metric):
     def state_shapes(self, group: GroupShape) -> dict[str, tuple[int, ...]]:
         """Shapes of the states for a group of these sizes."""
 
+    def begin_block(self, maps: Sequence[MapLike]) -> None:
+        """Learn what is needed of a block's maps beside their columns."""
+
     def see_softmax(self, tile: Tile) -> None:
         """Gather what this metric needs of the softmax columns, before anyone decomposes and so overwrites them."""
 
@@ -121,10 +124,12 @@ def feed(metrics: Sequence[TileMetric], maps: Sequence[MapLike], tile_bytes: int
     """Show every tile of a batch to every metric: columns are produced once for all of them."""
     group = group_shape(maps)
     # States made under inference mode could not be added to outside it, so updates run with it off.
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(maps[0].device.type, enabled=False):
         for metric in metrics:
             metric.open_group(group)
         for block in image_blocks(maps):
+            for metric in metrics:
+                metric.begin_block(block)
             for tile in tiles(block, tile_bytes):
                 for metric in metrics:
                     metric.see_softmax(tile)

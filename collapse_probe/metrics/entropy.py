@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from collapse_probe.metrics.base import TileMetric
 from collapse_probe.metrics.moments import mean_and_error, moments
-from collapse_probe.metrics.tiles import GroupShape, Tile
+from collapse_probe.metrics.tiles import GroupShape, MapLike, Tile
 
 
 class AttentionEntropy(TileMetric):
@@ -20,10 +20,12 @@ class AttentionEntropy(TileMetric):
     tensors, with L layers and H heads:
 
     - ``entropy`` `[L]`: mean over heads, queries and images, in nats, 0..log K; ``entropy_se`` its standard error;
-    - ``normalized_entropy`` `[L]`: divided by log K, 0..1 (NaN for a single key), and ``normalized_entropy_se``;
-    - ``entropy_by_head`` `[L, H]` in nats.
+    - ``normalized_entropy`` `[L]`: each row divided by the log of the number of keys that its mask admits, 0..1, and
+      ``normalized_entropy_se``; rows that admit a single key have none;
+    - ``entropy_by_head`` `[L, H]` in nats, over the heads of the softmax.
 
-    A row with an entry that is not finite is left out; the share of such rows is ``entropy_absent`` `[L]`.
+    A row with an entry that is not finite, or that is masked as a whole, is left out; the share of such rows is
+    ``entropy_absent`` `[L]`.
 
     Args:
         kwargs: see :class:`TileMetric`.
@@ -37,47 +39,62 @@ class AttentionEntropy(TileMetric):
     """
 
     row_moments: Tensor
+    normalized_moments: Tensor
     by_head: Tensor
     by_head_counts: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_sum("row_moments", "by_head", "by_head_counts")
+        self.add_sum("row_moments", "normalized_moments", "by_head", "by_head_counts")
         self._rows: list[Tensor | None] = []
+        self._admissible: list[Tensor | None] = []
 
     def state_shapes(self, group: GroupShape) -> dict[str, tuple[int, ...]]:
-        by_head = (group.layers, group.heads)
-        return {"row_moments": (5, group.layers), "by_head": by_head, "by_head_counts": by_head}
+        return {"row_moments": (5, group.layers), "normalized_moments": (5, group.layers)}
+
+    def begin_block(self, maps: Sequence[MapLike]) -> None:
+        self._rows = [None] * len(maps)
+        self._admissible = [item.admissible_keys() for item in maps]
 
     def see_softmax(self, tile: Tile) -> None:
-        if not self._rows:
-            self._rows = [None] * len(tile.softmax)
         for layer, columns in enumerate(tile.softmax):
             rows = torch.special.entr(columns).sum(-2)
             before = self._rows[layer]
             self._rows[layer] = rows if before is None else before + rows
 
     def fold(self, images: int) -> None:  # noqa: ARG002
+        assert self.group is not None
         rows = torch.stack([row for row in self._rows if row is not None]).to(self.images.device, torch.float64)
-        self._rows = []
-        finite = rows.isfinite()
-        rows = rows.clamp(min=0).masked_fill(~finite, 0.0)
-        values, counts = rows.sum(-1), finite.sum(-1).double()  # [L, B, H]
-        self.by_head += values.sum(1)
-        self.by_head_counts += counts.sum(1)
-        size = rows.shape[2] * rows.shape[3]
-        self.row_moments += moments(values.sum(-1).T / size, counts.sum(-1).T / size)
+        keys = torch.full_like(rows, float(self.group.keys))
+        for layer, counts in enumerate(self._admissible):
+            if counts is not None:
+                keys[layer] = counts.to(keys.device)
+        rows = rows.clamp(min=0)
+        present = rows.isfinite() & (keys > 0)
+        values, counts = rows.masked_fill(~present, 0.0).sum(-1), present.sum(-1).double()  # [L, B, H]
+        self.by_head = self.by_head + values.sum(1)
+        self.by_head_counts = self.by_head_counts + counts.sum(1)
+        self.row_moments += self._moments(values, counts, rows)
+        choice = present & (keys > 1)
+        shares = (rows / keys.log()).masked_fill(~choice, 0.0)
+        self.normalized_moments += self._moments(shares.sum(-1), choice.sum(-1).double(), rows)
+
+    @staticmethod
+    def _moments(values: Tensor, counts: Tensor, rows: Tensor) -> Tensor:
+        size = rows.shape[2] * rows.shape[3]  # divides sums, so that moments stay of the order of 1
+        return moments(values.sum(-1).T / size, counts.sum(-1).T / size)
 
     def results(self) -> dict[str, Tensor]:
         if self.group is None:
             return {}
-        mean, error = mean_and_error(self.row_moments, float(self.images))
-        largest = math.log(self.group.keys) if self.group.keys > 1 else math.nan
+        images = float(self.images)
+        mean, error = mean_and_error(self.row_moments, images)
+        normalized, normalized_error = mean_and_error(self.normalized_moments, images)
         return {
             "entropy": mean,
             "entropy_se": error,
-            "normalized_entropy": mean / largest,
-            "normalized_entropy_se": error / largest,
+            "normalized_entropy": normalized,
+            "normalized_entropy_se": normalized_error,
             "entropy_by_head": self.by_head / self.by_head_counts,
-            "entropy_absent": 1 - self.row_moments[1] / self.images,
+            "entropy_absent": 1 - self.row_moments[1] / images,
         }

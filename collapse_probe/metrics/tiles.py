@@ -37,6 +37,7 @@ class MapLike(Protocol):
     @property
     def device(self) -> torch.device: ...
     def write_columns(self, start: int, stop: int, out: Tensor) -> Tensor: ...
+    def admissible_keys(self) -> Tensor | None: ...
     def select(self, start: int, stop: int) -> MapLike: ...
 
 
@@ -94,7 +95,9 @@ def group_shape(maps: Sequence[MapLike]) -> GroupShape:
             f"layers can be compared only where their maps agree in shape and prefix tokens; got shapes "
             f"{sorted(shapes)} and prefix tokens {sorted(prefixes)}. Update one metric per layer group."
         )
-    _, heads, queries, keys = maps[0].shape
+    images, heads, queries, keys = maps[0].shape
+    if not images * heads * queries * keys:
+        raise UsageError(f"these maps hold nothing: their shape is {sorted(shapes)[0]}.")
     return GroupShape(len(maps), heads, queries, keys, maps[0].prefix_tokens)
 
 
@@ -158,6 +161,9 @@ class TensorMap:
     def device(self) -> torch.device:
         return self.tensor.device
 
+    def admissible_keys(self) -> None:
+        """Masks of a tensor are not known."""
+
     def write_columns(self, start: int, stop: int, out: Tensor) -> Tensor:
         """Write key columns start..stop-1, key by key, into `out` `[B, H, k, Q]`; returns those of the softmax."""
         return out.copy_(self.tensor[..., start:stop].mT)
@@ -178,5 +184,7 @@ def as_maps(maps: Tensor | Sequence[Tensor | MapLike] | Mapping[str, MapLike], p
                     f"maps must be [L, B, H, Q, K], or L tensors [B, H, Q, K]; got one of shape {list(item.shape)}."
                 )
             item = TensorMap(item, prefix_tokens)
+        if not hasattr(item, "write_columns"):
+            raise UsageError(f"maps must be tensors or AttentionMaps; got a {type(item).__name__}.")
         layers.append(item)
     return layers

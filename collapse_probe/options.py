@@ -1,0 +1,46 @@
+"""How to run an analysis, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from collapse_probe.errors import UsageError
+from collapse_probe.metrics.functional.ratio import SIMILAR
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run an analysis; what each means is said in `collapse_probe.analyze`."""
+
+    batch_size: int = 32
+    workers: int = 0
+    num_samples: int | None = None
+    device: str = "auto"
+    amp: bool = False
+    amp_dtype: str = "bfloat16"
+    seed: int = 0
+    layers: tuple[str, ...] = ()
+    attention: str = "applied"
+    until_se: float | None = None
+    threshold: float = SIMILAR
+    nearest: int = 1
+    tile_bytes: int | None = None
+
+    def check(self) -> None:
+        """Raises UsageError where a value is out of range."""
+        for name, least in (("batch_size", 1), ("num_samples", 1), ("nearest", 1), ("workers", 0)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise UsageError(f"{name} must be a whole number of at least {least}; got {value!r}.")
+        for name in ("threshold", "until_se"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, (int, float)):
+                raise UsageError(f"{name} must be a number; got {value!r}.")
+        if self.attention not in ("applied", "softmax"):
+            raise UsageError(f"attention must be 'applied' or 'softmax'; got {self.attention!r}.")
+        if self.amp_dtype not in ("bfloat16", "float16"):
+            raise UsageError(f"amp_dtype must be 'bfloat16' or 'float16'; got {self.amp_dtype!r}.")
+        if self.until_se is not None and not 0 < self.until_se < 1:
+            raise UsageError(f"until_se must lie between 0 and 1; got {self.until_se}.")
+        if not -1 <= self.threshold <= 1:
+            raise UsageError(f"threshold must lie within -1..1; got {self.threshold}.")

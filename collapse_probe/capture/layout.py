@@ -20,7 +20,7 @@ def token_layout(model: nn.Module, keys: int, image_size: tuple[int, int] | None
     return TokenLayout(stated if isinstance(stated, int) and stated < keys else 0)
 
 
-def is_channel_attention(source: Source, owner: nn.Module | None, layout: TokenLayout) -> bool:
+def is_channel_attention(source: Source, owner: nn.Module, layout: TokenLayout) -> bool:
     """Whether channels attend to channels (XCiT): the product of queries and keys ran over the tokens instead or, where
     queries and keys are not known, the map is as large as a head is wide."""
     embed = getattr(owner, "patch_embed", None)

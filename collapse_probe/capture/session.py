@@ -90,8 +90,9 @@ class Captured:
             return
         source, origin = (self._unfolded(item) for item in (sighting.source, sighting.origin))
         assert source is not None
-        owner = next((item for item in reversed(self._stack.running) if hasattr(item, "num_prefix_tokens")), None)
-        layout = token_layout(owner or self._stack.running[0], source.shape[3], self._image_size)
+        running = self._stack.running
+        owner = next((item for item in reversed(running) if hasattr(item, "num_prefix_tokens")), running[0])
+        layout = token_layout(owner, source.shape[3], self._image_size)
         kind = self._kind(source, owner, layout)
         if kind not in ("token", "class"):
             layout = TokenLayout()
@@ -103,7 +104,7 @@ class Captured:
             return source
         return source.unfold_images(self._images)
 
-    def _kind(self, source: Source, owner: nn.Module | None, layout: TokenLayout) -> str:
+    def _kind(self, source: Source, owner: nn.Module, layout: TokenLayout) -> str:
         batch, _, queries, keys = source.shape
         if self._images and batch != self._images:
             return "window"

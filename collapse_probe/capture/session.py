@@ -44,6 +44,13 @@ class Captured:
         missing = f", {len(self.not_captured)} not captured" if self.not_captured else ""
         return f"Captured({len(self.maps)} maps{missing})"
 
+    def _close(self) -> None:
+        """Hooks off, and no reference left from the watchers back to here: a batch of maps would otherwise live on until
+        the garbage collector looks for cycles."""
+        self._stack.detach()
+        self._tracer.reset()
+        del self._stack, self._tracer
+
     def _begin(self, inputs: tuple[Any, ...]) -> None:
         """A pass begins. What is known is thrown away only when it attends: `forward_head` after a pass does not."""
         self._stale = True
@@ -153,7 +160,7 @@ def capture(model: nn.Module) -> Iterator[Captured]:
             warnings.warn("The model is compiled; it runs eagerly while its attention is captured.", stacklevel=3)
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         captured._stack.attach()
-        stack.callback(captured._stack.detach)
+        stack.callback(captured._close)
         stack.enter_context(captured._tracer)
         yield captured
 

@@ -55,8 +55,8 @@ class CrossHeadSimilarity(TileMetric):
         flat = columns.deviation.transpose(2, 3).reshape(-1, heads, queries)
         level = columns.level.transpose(2, 3).reshape(-1, heads)
         similarity = torch.addcmul(torch.bmm(flat, flat.mT), level[:, :, None], level[:, None, :]).clamp_(-1, 1)
-        values = similarity.view(layers, images, width, heads, heads).to(self.images.device, torch.float64).sum(2)
-        exists = columns.exists.to(self.images.device, torch.float64)
+        values = similarity.view(layers, images, width, heads, heads).to(self.images.device).double().sum(2)
+        exists = columns.exists.to(self.images.device).double()
         counts = torch.einsum("lbgk,lbhk->lbgh", exists, exists)
         self._values = values if self._values is None else self._values + values
         self._counts = counts if self._counts is None else self._counts + counts

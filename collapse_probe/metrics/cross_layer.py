@@ -317,7 +317,7 @@ class CrossLayerSimilarity(TileMetric):
         return tensor.to(self.images.device)
 
     def _wide(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.images.device, torch.float64)
+        return tensor.to(self.images.device).double()  # in this order: MPS has no float64
 
 
 def _reported(group: GroupShape) -> int:

@@ -64,7 +64,7 @@ class AttentionEntropy(TileMetric):
 
     def fold(self, images: int) -> None:  # noqa: ARG002
         assert self.group is not None
-        rows = torch.stack([row for row in self._rows if row is not None]).to(self.images.device, torch.float64)
+        rows = torch.stack([row for row in self._rows if row is not None]).to(self.images.device).double()
         keys = torch.full_like(rows, float(self.group.keys))
         for layer, counts in enumerate(self._admissible):
             if counts is not None:

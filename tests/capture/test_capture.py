@@ -471,6 +471,21 @@ def test_queries_and_keys_are_own_copies():
         assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
 
+def test_maps_are_freed_with_their_last_reference():
+    """Without the garbage collector: batches of queries and keys must not pile up until it runs."""
+    model = build("vit_tiny_patch16_224")
+    gc.collect()
+    gc.disable()
+    try:
+        captured = captured_maps(model)
+        alive = weakref.ref(captured.maps["blocks.0.attn"].source.q)
+        assert alive() is not None
+        del captured
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
 def test_the_model_is_not_kept_alive_and_maps_survive_it():
     model = build("vit_tiny_patch16_224")
     maps = captured_maps(model).maps

@@ -152,6 +152,7 @@ def strange(tmp_path):
         (["--images", "absent"], 4, "absent"),
         (["--out", "file/run"], 5, "--out"),
         (["vit_tiny_patch16_224", "--model", "vit_small_patch16_224"], 2, "ambiguous"),
+        (["vit_tiny_patch16_224.augreg_in21k", "--model", "vit_small_patch16_224"], 2, "ambiguous"),
         (["vit_tiny_patch16_224", "--checkpoint", "other.pt"], 2, "twice"),
         (["-b", "0"], 2, "batch_size"),
         (["--device", "cuda:7"], 2, "cuda:7"),

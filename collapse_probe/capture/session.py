@@ -45,8 +45,8 @@ class Captured:
         return f"Captured({len(self.maps)} maps{missing})"
 
     def _close(self) -> None:
-        """Hooks off, and no reference left from the watchers back to here: a batch of maps would otherwise live on until
-        the garbage collector looks for cycles."""
+        """Hooks off, and no reference left from the watchers back to here: a batch of maps would otherwise live on
+        until the garbage collector looks for cycles."""
         self._stack.detach()
         self._tracer.reset()
         del self._stack, self._tracer

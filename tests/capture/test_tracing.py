@@ -196,7 +196,7 @@ def test_what_is_understood_stays_lazy(name):
 class OnlyWatching(TorchDispatchMode):
     """A dispatch mode that does nothing at all."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ARG002 - the signature is PyTorch's
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {}))
 
 

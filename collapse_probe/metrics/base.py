@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from collapse_probe.errors import UsageError
 from collapse_probe.metrics.tiles import GroupShape, MapLike, Tile, as_maps, group_shape, image_blocks, tiles
 
 Maps = Tensor | Sequence[Tensor | MapLike] | Mapping[str, MapLike]
+
+
+_SIZES = tuple(field.name for field in fields(GroupShape))
 
 
 class TileMetric(Metric):
@@ -30,6 +34,7 @@ class TileMetric(Metric):
     """
 
     images: Tensor
+    sizes: Tensor
 
     is_differentiable = False
     full_state_update = False
@@ -37,9 +42,18 @@ class TileMetric(Metric):
     def __init__(self, *, prefix_tokens: int = 0, tile_bytes: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.prefix_tokens, self.tile_bytes = prefix_tokens, tile_bytes
-        self.group: GroupShape | None = None
+        self._group: GroupShape | None = None
         # A scalar zero is neutral under summation with a state of any shape: ranks without images merge.
         self.add_state("images", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("sizes", torch.zeros(len(_SIZES), dtype=torch.int64), dist_reduce_fx="max")
+
+    @property
+    def group(self) -> GroupShape | None:
+        """Sizes of the layer group; None before the first batch. They travel with the states, so that a merged or
+        loaded metric knows them too."""
+        if self._group is None and self.sizes.any():
+            self._group = GroupShape(**dict(zip(_SIZES, self.sizes.tolist(), strict=True)))
+        return self._group
 
     def update(self, maps: Maps) -> None:
         """Add a batch.
@@ -61,7 +75,8 @@ class TileMetric(Metric):
         """Learn the sizes, or check them against what is known, and make room for the states."""
         if self.group is not None and self.group != group:
             raise UsageError(f"this metric has seen maps of {self.group}; it cannot add {group}.")
-        self.group = group
+        self._group = group
+        self.sizes = torch.tensor([getattr(group, name) for name in _SIZES], device=self.sizes.device)
         for name, shape in self.state_shapes(group).items():
             state = getattr(self, name)
             if state.shape != torch.Size(shape):
@@ -109,7 +124,7 @@ class TileMetric(Metric):
     def reset(self) -> None:
         """Forget everything, the group's sizes too."""
         super().reset()
-        self.group = None
+        self._group = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> TileMetric:
         def move(tensor: Tensor) -> Tensor:

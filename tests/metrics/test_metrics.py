@@ -190,6 +190,28 @@ def test_states_merge_by_sum(metric_class):
 
 
 @every_metric
+def test_an_unused_metric_takes_over_what_it_merges_or_loads(metric_class):
+    used = metric_class(prefix_tokens=1)
+    used.update(MAPS)
+    merged = metric_class(prefix_tokens=1)
+    merged.merge_state(used)
+    assert_same(merged.results(), used.results())
+    used.persistent(True)
+    loaded = metric_class(prefix_tokens=1)
+    loaded.persistent(True)
+    loaded.load_state_dict(used.state_dict())
+    assert_same(loaded.results(), used.results())
+
+
+@every_metric
+def test_forward_gives_the_batch_and_gathers_the_whole(metric_class):
+    metric = metric_class(prefix_tokens=1)
+    assert_same(metric(MAPS[:, :8]), run(metric_class, MAPS[:, :8]))
+    assert_same(metric(MAPS[:, 8:]), run(metric_class, MAPS[:, 8:]))
+    assert_same(metric.compute(), run(metric_class, MAPS))
+
+
+@every_metric
 def test_pickle_and_copy_in_mid_run(metric_class):
     metric = metric_class(prefix_tokens=1)
     metric.update(MAPS[:, :8])

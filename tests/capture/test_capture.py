@@ -278,6 +278,20 @@ def test_fully_masked_rows_are_zero_as_in_the_kernel():
     torch.testing.assert_close(attention.columns(0, 6), maps)
 
 
+@pytest.mark.parametrize("known", [None, -torch.inf])
+def test_fully_masked_rows_are_zero_without_a_kernels_normalizer(known):
+    torch.manual_seed(0)
+    bias = torch.zeros(1, 1, 4, 4)
+    bias[..., 1, :] = -torch.inf
+    source = QueryKey(torch.randn(1, 1, 4, 8), torch.randn(1, 1, 4, 8), 1.0, bias)
+    if known is not None:
+        source.log_normalizer = (source.q @ source.k.mT + bias).logsumexp(-1)
+        assert source.log_normalizer[0, 0, 1] == known
+    for maps in (source.columns(0, 4), source.rows(0, 4)):
+        assert (maps[0, 0, 1] == 0).all()
+        torch.testing.assert_close(maps[0, 0, [0, 2, 3]].sum(-1), torch.ones(3))
+
+
 class TwiceAttending(nn.Module):
     def forward(self, x):
         sdpa = nn.functional.scaled_dot_product_attention

@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import collapse_probe.models as bundled_models  # registers the bundled architectures with timm before any is loaded
 from collapse_probe.diagnosis import diagnose
 from collapse_probe.errors import UsageError
-from collapse_probe.loading import check_skipped, data_config, load_model, open_images
+from collapse_probe.loading import ImageSource, check_skipped, data_config, load_model, open_images
 from collapse_probe.metrics.functional.ratio import SIMILAR
 from collapse_probe.options import Options
 from collapse_probe.progress import ProgressBar
@@ -70,7 +70,7 @@ def analyze(
         use_ema: take the exponential moving average of the weights where a checkpoint holds both.
         model_kwargs: passed to `timm.create_model`.
         img_size, mean, std, crop_pct, interpolation: override the model's own preprocessing.
-        batch_size: images in a forward pass. Results do not depend on it.
+        batch_size: images in a forward pass. Results do not depend on it, except where `until_se` ends the run.
         workers: processes that decode images; 0 decodes in this one.
         num_samples: how many images to look at; by default all, of a folder at most 1000, chosen by `seed`.
         device: ``"auto"``, or what `torch.device` accepts. A module stays where it is under ``"auto"``.
@@ -78,7 +78,8 @@ def analyze(
         seed: chooses the images of a folder and their order.
         layers: shell-style patterns; only layers whose name matches one are analysed.
         attention: ``"applied"`` (what multiplied the values) or ``"softmax"`` (the map underneath re-attention).
-        until_se: stop as soon as the standard error of every neighbouring similarity is at most this.
+        until_se: stop after the first batch (and at least 16 images) at which the standard error of every neighbouring
+            similarity is at most this.
         threshold: mean M above which neighbouring blocks are called similar, and M above which a column counts into
             the similarity ratio.
         nearest: with how many blocks before and after each block is compared for its similarity ratio.
@@ -105,6 +106,8 @@ def analyze(
         images = bundled_models.bundled_images()
     if model is None:
         model = bundled_models.bundled_weights()
+        if not bundled:
+            warnings.warn("No model given: analysing the bundled model for 8x8 pictures of digits.", stacklevel=2)
     elif bundled:
         warnings.warn(
             "No images given: measuring on the bundled pictures of digits. Readings on the model's own kind of images "
@@ -138,8 +141,7 @@ def analyze(
     bar = ProgressBar() if progress is True else progress or None
     run = Run(options, target, bar, source.count)
     with _prepared(network, target), bar if isinstance(bar, ProgressBar) and progress is True else nullcontext():
-        run.through(network, source.batches())
-    check_skipped(source)
+        run.through(network, _readable(source))
     analysis = run.result()
     analysis.provenance = {
         "model": getattr(network, "provenance", None) or {"architecture": type(network).__name__, "source": "module"},
@@ -152,6 +154,13 @@ def analyze(
     }
     analysis.findings = diagnose(analysis, threshold)
     return analysis
+
+
+def _readable(source: ImageSource) -> Iterator[Tensor]:
+    """The batches, until too many images turn out to be unreadable: then at once, not when all work is done."""
+    for batch in source.batches():
+        yield batch
+        check_skipped(source)
 
 
 class _prepared:
@@ -185,8 +194,8 @@ def _device(name: str, module: nn.Module | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UsageError(f"device {name!r} is not known; use auto, cpu, cuda, cuda:N or mps.") from None
-    if device.type == "meta":
-        raise UsageError("the meta device holds no numbers; use auto, cpu, cuda, cuda:N or mps.")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"device {name!r} is not supported; use auto, cpu, cuda, cuda:N or mps.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"device {name!r} was asked for, and this PyTorch sees no CUDA device. Use --device cpu.")
     if device.type == "mps" and not torch.backends.mps.is_available():

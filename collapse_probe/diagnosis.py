@@ -55,16 +55,16 @@ def diagnose(analysis: Analysis, similar: float = SIMILAR) -> list[Finding]:
     """
     limits = replace(Thresholds(), similar=similar)
     findings = _non_finite(analysis)
-    for group in analysis.groups:
-        if group.kind != "token":
-            continue
-        table = analysis.layers.loc[group.layers]
+    tables = [analysis.layers.loc[group.layers] for group in analysis.groups if group.kind == "token"]
+    for table in tables:
         uniform = is_uniform(table, limits)
-        findings += _uniform(table, uniform, limits)
-        findings += _similar_blocks(table, uniform, limits)
-        findings += _redundant_heads(table, uniform, limits)
-        if not any(finding.severity in ("warning", "problem") for finding in findings):
-            findings += _healthy(table, uniform, limits)
+        found = [*_uniform(table, uniform, limits), *_similar_blocks(table, uniform, limits)]
+        found += _redundant_heads(table, uniform, limits)
+        if len(tables) > 1:
+            found = [replace(finding, title=f"Group {table['group'].iloc[0]}: {finding.title}") for finding in found]
+        findings += found
+    if not any(finding.severity in ("warning", "problem") for finding in findings):
+        findings += _healthy(tables, limits)
     if not findings:
         findings = _nothing_to_compare(analysis)
     order = ("problem", "warning", "ok", "note")
@@ -89,7 +89,8 @@ def _non_finite(analysis: Analysis) -> list[Finding]:
             code="non-finite",
             severity="problem",
             title=f"Attention holds NaN or infinite values in {_blocks(concerned.index)}.",
-            evidence=f"{int(concerned.sum())} attention columns are not finite and were left out of every mean",
+            evidence=f"{int(concerned.sum())} attention columns are not finite and were left out of every mean"
+            + _where(analysis),
             threshold="any",
             source="a finite network has none",
             advice="Look for NaN in the weights, overflow in half precision (--amp-dtype bfloat16), or a bad image.",
@@ -104,7 +105,7 @@ def _uniform(table: pd.DataFrame, uniform: pd.Series, limits: Thresholds) -> lis
     concerned = table[uniform]
     everywhere = uniform.mean() > 0.5
     title = (
-        "Attention is nearly uniform: this network looks untrained. High similarity between its blocks is not collapse."
+        "Attention is nearly uniform: this network looks untrained. Whatever its similarities, this is not collapse."
         if everywhere
         else f"Attention is nearly uniform in {_blocks(concerned.index)}."
     )
@@ -143,8 +144,8 @@ def _similar_blocks(table: pd.DataFrame, uniform: pd.Series, limits: Thresholds)
         name: _span(concerned[f"{name}_to_previous"]) for name in ("similarity", "centred", "image_independent")
     }
     evidence = (
-        f"{len(concerned)} of {len(table)} blocks; M to the block before {readings['similarity']} (standard error up "
-        f"to {concerned['similarity_to_previous_se'].max():.3f}), centred {readings['centred']}, image-independent "
+        f"{len(concerned)} of {len(table)} blocks; M to the block before {readings['similarity']} "
+        f"({_up_to(concerned['similarity_to_previous_se'])}), centred {readings['centred']}, image-independent "
         f"{readings['image_independent']}"
     )
     if borderline:
@@ -176,8 +177,8 @@ def _redundant_heads(table: pd.DataFrame, uniform: pd.Series, limits: Thresholds
             code="head-redundancy",
             severity="warning" if share >= limits.collapsed_share else "note",
             title=f"Heads repeat each other in {_blocks(concerned.index)}.",
-            evidence=f"cross-head similarity {_span(concerned['cross_head_similarity'])} (standard error up to "
-            f"{concerned['cross_head_similarity_se'].max():.3f}) over {int(table['heads'].iloc[0])} heads",
+            evidence=f"cross-head similarity {_span(concerned['cross_head_similarity'])} "
+            f"({_up_to(concerned['cross_head_similarity_se'])}) over {int(table['heads'].iloc[0])} heads",
             threshold=f"mean cosine between heads above {limits.redundant_heads:g}",
             source="ours; DeepViT (arXiv 2103.11886, figure 3c) reports below 0.3 for a 32-block ViT",
             advice="Try fewer heads in these blocks, or prune heads and measure (Michel et al., NeurIPS 2019).",
@@ -191,8 +192,8 @@ def _nothing_to_compare(analysis: Analysis) -> list[Finding]:
         Finding(
             code="not-comparable",
             severity="note",
-            title="No two layers of this model attend over the same tokens, so nothing can be said of collapse.",
-            evidence=f"{len(analysis.layers)} layers in {len(analysis.groups)} groups",
+            title="No two of these layers attend over the same tokens, so nothing can be said of collapse.",
+            evidence=f"layers: {_blocks(analysis.layers.index)}",
             threshold="at least two comparable layers of self-attention",
             source="similarity across layers is defined between maps of the same queries and keys only",
             advice="Read the readings within each layer.",
@@ -207,27 +208,50 @@ def _beside_uniform(uniform: pd.Series) -> np.ndarray:
     return flat | np.concatenate([[False], flat[:-1]])
 
 
-def _healthy(table: pd.DataFrame, uniform: pd.Series, limits: Thresholds) -> list[Finding]:
-    neighbours = table["similarity_to_previous"][~_beside_uniform(uniform)].dropna()
-    if neighbours.empty:
+def _healthy(tables: Sequence[pd.DataFrame], limits: Thresholds) -> list[Finding]:
+    """Nothing is wrong: the most alike neighbours of all groups, none of them beside a uniform layer."""
+    rows = []
+    for table in tables:
+        neighbours = table["similarity_to_previous"][~_beside_uniform(is_uniform(table, limits))].dropna()
+        if not neighbours.empty:
+            place = list(table.index).index(neighbours.idxmax())
+            rows.append((table.index[place - 1], table.index[place], table.iloc[place]))
+    if not rows:
         return []
-    name = str(neighbours.idxmax())
-    row = table.loc[name]
-    error = row["similarity_to_previous_se"]
-    spread = "" if math.isnan(error) else f" ± {error:.3f}"
+    before, name, row = max(rows, key=lambda entry: entry[2]["similarity_to_previous"])
     return [
         Finding(
             code="healthy",
             severity="ok",
             title="No attention collapse across layers.",
-            evidence=f"the most alike neighbours are {name} and the block before it, with M "
-            f"{row['similarity_to_previous']:.3f}{spread}, image-independent "
-            f"{row['image_independent_to_previous']:.3f}, centred {row['centred_to_previous']:.3f}",
+            evidence=f"the most alike neighbours are {before} and {name}, with {_parts(row)}",
             threshold=f"mean M between neighbouring blocks above {limits.similar:g}",
             source="ours; a trained DeiT-Ti reaches 0.89 in its last blocks",
             advice="Nothing to do.",
         )
     ]
+
+
+def _parts(row: pd.Series) -> str:
+    """M and those of its parts that are defined."""
+    error = row["similarity_to_previous_se"]
+    words = [f"M {row['similarity_to_previous']:.3f}"]
+    words[0] += " (one image, so without an error)" if math.isnan(error) else f" ± {max(error, 0.001):.3f}"
+    for name in ("image_independent", "centred"):
+        value = row[f"{name}_to_previous"]
+        if not math.isnan(value):
+            words.append(f"{name.replace('_', '-')} {value:.3f}")
+    return ", ".join(words)
+
+
+def _where(analysis: Analysis) -> str:
+    """Names of weights that are not finite, where the file was looked through."""
+    names = analysis.provenance.get("model", {}).get("weights", {}).get("non_finite", [])
+    return f"; weights that are not finite: {_blocks(names)}" if names else ""
+
+
+def _up_to(errors: pd.Series) -> str:
+    return "without a standard error" if errors.isna().all() else f"standard error up to {errors.max():.3f}"
 
 
 def _span(values: pd.Series) -> str:

@@ -25,10 +25,12 @@ def write_atomically(path: str | Path, content: str | bytes) -> Path:
             stream.write(data)
         Path(temporary).chmod(0o666 & ~_umask())
         Path(temporary).replace(path)
+        temporary = None
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         raise OutputError(f"Cannot write {path}: {error.strerror or error}. Choose another --out folder.") from error
+    finally:
+        if temporary is not None:  # also after Ctrl-C
+            Path(temporary).unlink(missing_ok=True)
     return path
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Protocol
 
@@ -26,7 +26,7 @@ from collapse_probe.capture import (
     concatenate,
     layer_groups,
 )
-from collapse_probe.errors import CaptureError, ImagesError, ResourceError
+from collapse_probe.errors import CaptureError, ImagesError, ResourceError, UsageError
 from collapse_probe.metrics import AttentionEntropy, CrossHeadSimilarity, CrossLayerSimilarity
 from collapse_probe.metrics.base import TileMetric, feed
 from collapse_probe.metrics.functional.ratio import block_similarity_ratio, similar_blocks
@@ -44,6 +44,9 @@ class Progress(Protocol):
     def note(self, text: str) -> None:
         """Something worth knowing before a long run is over."""
 
+
+#: No run stops for its precision before so many images: from fewer, the error itself is not known well.
+LEAST_IMAGES = 16
 
 #: Runs that will take longer than this, in seconds, or sums larger than this, in bytes, are announced.
 LONG_RUN, LARGE_SUMS = 60, 1 << 30
@@ -81,6 +84,8 @@ class Run:
                         self._announce(self.progress)
                     self.progress(self.images, self.total)
                 if self._precise_enough():
+                    if self.progress is not None:
+                        self.progress.note(f"Stopped after {self.images} images: precise enough.")
                     break
             self._feed(flush=True)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -139,8 +144,12 @@ class Run:
             for name, item in captured.maps.items()
             if item.kind not in NOT_COMPARED and (not patterns or any(fnmatch.fnmatchcase(name, p) for p in patterns))
         }
+        if not maps and captured.maps and patterns:
+            raise UsageError(
+                f"No layer matches {', '.join(patterns)}. Layers with attention: {', '.join(captured.maps)}."
+            )
         if not maps:
-            raise CaptureError(_nothing_captured(captured, patterns))
+            raise CaptureError(_nothing_captured(captured))
         return maps
 
     def _open(self, maps: dict[str, AttentionMap], captured: Captured) -> None:
@@ -167,7 +176,11 @@ class Run:
 
     def _precise_enough(self) -> bool:
         limit = self.options.until_se
-        return limit is not None and all(run.largest_error() <= limit for run in self.groups)
+        return (
+            limit is not None
+            and self.images >= LEAST_IMAGES
+            and all(run.largest_error() <= limit for run in self.groups)
+        )
 
 
 class _GroupRun:
@@ -244,9 +257,7 @@ def _matrices(readings: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndar
     }
 
 
-def _nothing_captured(captured: Captured, patterns: Sequence[str]) -> str:
-    if captured.maps and patterns:
-        return f"No layer matches {', '.join(patterns)}. Layers with attention: {', '.join(captured.maps)}."
+def _nothing_captured(captured: Captured) -> str:
     if captured.maps:
         reasons = {NOT_COMPARED[item.kind] for item in captured.maps.values()}
         return "None of this model's layers can be compared with another: " + "; ".join(sorted(reasons)) + "."

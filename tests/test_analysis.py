@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import collapse_probe as cp
 from collapse_probe.capture import capture
+from collapse_probe.diagnosis import diagnose
 from collapse_probe.errors import CaptureError, ImagesError, UsageError
 
 IMAGES = torch.randn(14, 3, 32, 32, generator=torch.Generator().manual_seed(2))
@@ -149,7 +151,7 @@ def test_the_model_is_left_as_it_was(model):
 def test_layers_can_be_chosen(model):
     some = cp.analyze(model, IMAGES.double(), layers=["blocks.[12].*"])
     assert list(some.layers.index) == ["blocks.1.attn", "blocks.2.attn"]
-    with pytest.raises(CaptureError, match=r"No layer matches nothing\.\*\. Layers with attention: blocks\.0\.attn"):
+    with pytest.raises(UsageError, match=r"No layer matches nothing\.\*\. Layers with attention: blocks\.0\.attn"):
         cp.analyze(model, IMAGES.double(), layers=["nothing.*"])
 
 
@@ -186,6 +188,34 @@ def test_images_of_several_sizes_say_so():
 def test_a_single_layer_has_nothing_to_compare_with():
     single = cp.analyze(build("vit_tiny_patch16_224", depth=1), IMAGES)
     assert codes(single) == {"not-comparable"}
+
+
+def test_the_verdict_does_not_hang_on_the_order_of_groups():
+    """A group in which nothing is wrong does not clear one in which attention collapses."""
+    images = torch.randn(12, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    clean, broken = cp.analyze(copied_attention(4, 3), images), cp.analyze(copied_attention(4, 7), images)
+    for first, second in ((clean, broken), (broken, clean)):
+        tables = []
+        for name, part in (("A", first), ("B", second)):
+            table = part.layers.assign(group=name)
+            table.index = [f"{name}.{layer}" for layer in table.index]
+            tables.append(table)
+        groups = [
+            replace(first.groups[0], layers=list(tables[0].index)),
+            replace(second.groups[0], layers=list(tables[1].index)),
+        ]
+        both = cp.Analysis(pd.concat(tables), groups)
+        found = {finding.code for finding in diagnose(both)}
+        assert "similar-blocks" in found
+        assert "healthy" not in found
+        where = "A" if first is broken else "B"
+        assert next(f for f in diagnose(both) if f.code == "similar-blocks").title.startswith(f"Group {where}: ")
+
+
+def test_one_image_gives_a_verdict_without_undefined_numbers():
+    result = cp.analyze(build("vit_tiny_patch16_224"), IMAGES[:1])
+    assert "nan" not in " ".join(finding.evidence for finding in result.findings)
+    assert "one image" in result.finding("healthy").evidence
 
 
 def test_a_model_is_a_module_a_name_or_a_path():
@@ -277,7 +307,7 @@ def test_save_and_load(analysis, tmp_path):
         ({"attention": "raw"}, "'applied' or 'softmax'; got 'raw'"),
         ({"amp_dtype": "int8"}, "'bfloat16' or 'float16'"),
         ({"device": "warp"}, "device 'warp' is not known"),
-        ({"device": "meta"}, "the meta device holds no numbers"),
+        ({"device": "meta"}, "device 'meta' is not supported"),
         ({"batch_size": "4"}, "got '4'"),
         ({"threshold": "high"}, "threshold must be a number; got 'high'"),
         ({"arch": "vit_tiny_patch16_224"}, "the model given is a module"),

@@ -112,8 +112,7 @@ def analyze(
 
     [bold]collapse-probe analyze model.pt --model vit_small_patch16_224 --images val/ --out run/[/bold]
     """
-    from rich.console import Console
-
+    from collapse_probe.cli.output import PipeConsole, printing
     from collapse_probe.files import check_writable
     from collapse_probe.progress import ProgressBar
 
@@ -138,13 +137,16 @@ def analyze(
             _write(analysis, Path(out), progress)
     from collapse_probe.report.terminal import print_summary
 
-    print_summary(analysis, Console())
-    if out is not None:
-        print(f"\nWritten to {out}: analysis.json, layers.csv, similarity.csv, figures/, report.html")
+    with printing():
+        print_summary(analysis, PipeConsole())
+        if out is not None:
+            print(f"\nWritten to {out}: analysis.json, arrays.npz, layers.csv, similarity.csv, figures/, report.html")
 
 
 def _sources(model: str | None, arch: str | None, checkpoint: str | None) -> tuple[str | None, str | None, str | None]:
     """Who gives the weights and who the architecture: (model source, architecture of a file, weights of a name)."""
+    if model is not None and "=" in model and not Path(model).exists():
+        raise UsageError(f"{model!r} is no model. To give several arguments, repeat the option: --model-kwargs {model}")
     if model is not None and checkpoint is not None:
         raise UsageError("Weights are given twice, as the argument and by --checkpoint. Use one of them.")
     if model is None:

@@ -86,12 +86,12 @@ class ImageSource(ABC):
 
 
 def check_skipped(source: ImageSource, allowed: float = 0.01) -> None:
-    """After a pass: stop if more than that share of the images could not be read.
+    """After or during a pass: stop once more than that share of all images could not be read.
 
     Raises:
         ImagesError: names the first few and their reasons.
     """
-    total = source.delivered + len(source.skipped)
+    total = max(source.delivered + len(source.skipped), source.count or 0)
     if len(source.skipped) > allowed * total:
         first = "; ".join(f"{entry['path']}: {entry['reason']}" for entry in source.skipped[:3])
         raise ImagesError(

@@ -64,7 +64,9 @@ def adjacent_similarity(analysis: Analysis, ax: Axes | None = None, *, group: st
 
 @paper()
 def head_diversity(analysis: Analysis, ax: Axes | None = None, *, group: str | None = None) -> tuple[Figure, Axes]:
-    """Head diversity by layer (0..1), ±1 standard error: 1 - mean cosine between different heads (DeepViT, fig. 3c).
+    """Head diversity by layer, ±1 standard error: 1 - mean cosine between different heads (DeepViT, fig. 3c).
+
+    In 0..1 for probabilities; after re-attention heads can oppose each other, and it reaches beyond 1.
 
     A layer's own heads are compared, so all layers are shown in execution order unless ``group`` names one group.
 
@@ -73,12 +75,17 @@ def head_diversity(analysis: Analysis, ax: Axes | None = None, *, group: str | N
     """
     table, axis_label = _layers_of(analysis, group)
     figure, ax = single_axes(ax, 4.6, 2.9)
-    ax.set(title="Head diversity", ylabel="1 − cross-head similarity", ylim=(-0.03, 1.03))
+    ax.set(title="Head diversity", ylabel="1 − cross-head similarity", ylim=(-0.03, _top(table)))
     _block_axis(ax, len(table), axis_label)
     if not _band(ax, table, "head_diversity", BLUE, "o"):
         only_one = column(table, "heads")
         say_undefined(ax, "each layer has a single head" if (only_one == 1).all() else "")
     return figure, ax
+
+
+def _top(table: pd.DataFrame) -> float:
+    values = column(table, "head_diversity")
+    return max(1.03, 1.05 * float(np.nanmax(values, initial=0.0)))
 
 
 @paper()

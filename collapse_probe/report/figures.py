@@ -16,7 +16,7 @@ from collapse_probe.report.rendering import data_uri
 from collapse_probe.result import Analysis, Group
 
 _HEATMAPS = {
-    "similarity": ("Similarity M", "How alike the attention of two blocks is. Bright off the diagonal: alike."),
+    "similarity": ("Similarity M", "How alike the attention of two blocks is. The closer to 1, the more alike."),
     "centred": (
         "Centred similarity",
         "The same after uniform attention is taken away. Near 0: only uniformity was shared.",
@@ -118,7 +118,7 @@ def _within(analysis: Analysis) -> Iterator[Picture]:
         analysis,
         "entropy",
         "Entropy and relative variation",
-        "Entropy near 1 with a small r marks untrained, uniform attention; there M is high and says nothing.",
+        "Entropy near 1 with a small r marks untrained, uniform attention, of which M says nothing.",
         plots.entropy,
         f"Two line charts by layer: entropy over log K {_range(analysis, 'normalized_entropy')}; "
         f"r {_range(analysis, 'relative_variation')}.",

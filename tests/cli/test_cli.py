@@ -159,6 +159,9 @@ def strange(tmp_path):
         (["--until-se", "3"], 2, "until_se"),
         (["--nearest", "0"], 2, "nearest"),
         (["--model-kwargs", "depth"], 2, "name=value"),
+        (["--model-kwargs", "depth=2", "img_size=32"], 2, "repeat the option"),
+        (["--device", "xpu"], 2, "xpu"),
+        (["--layers", "foo*"], 2, "foo*"),
         (["--mean", "a,b"], 2, "--mean"),
         (["--nonsense"], 2, "--nonsense"),
     ],
@@ -192,6 +195,15 @@ def test_interruption(folder, tmp_path, number, code):
     assert "Traceback" not in err
     assert out == ""
     assert not list((tmp_path / "run").glob("*"))
+
+
+@pytest.mark.parametrize(("reader", "code"), [("| true", 0), ("> /dev/full", 5)])
+def test_stdout_that_cannot_be_written(reader, code):
+    command = f"{sys.executable} -m collapse_probe analyze -q {reader}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=WIDE)
+    assert done.returncode == code, done.stderr
+    assert "bug" not in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_help_and_version():

@@ -129,7 +129,7 @@ def test_doctests():
         "metrics.cross_layer",
         "metrics.cross_head",
         "metrics.entropy",
-        "capture.session",
+        "capture.context",
     ):
         result = doctest.testmod(importlib.import_module(f"collapse_probe.{module}"))
         assert result.failed == 0, module

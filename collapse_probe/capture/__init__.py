@@ -7,8 +7,8 @@ import types
 from torch import nn
 
 from collapse_probe.capture.attention_map import AttentionMap, HeadMix, QueryKey, Stored, TokenLayout, concatenate
+from collapse_probe.capture.context import Captured, capture
 from collapse_probe.capture.groups import NOT_COMPARED, layer_groups
-from collapse_probe.capture.session import Captured, capture
 
 __all__ = [
     "NOT_COMPARED",

@@ -51,6 +51,12 @@ def fit_weights(
             own = model.state_dict()
     if _shapes(fitted) != _shapes(own):
         raise WeightsMismatchError(_difference(_shapes(fitted), _shapes(own), what))
+    whole = [key for key, tensor in fitted.items() if own[key].is_floating_point() and not tensor.is_floating_point()]
+    if whole:
+        raise WeightsMismatchError(
+            f"{what}: {len(whole)} weights are whole numbers, {whole[0]} ({fitted[whole[0]].dtype}) first. Quantised "
+            "weights mean nothing without their scales: export them in floating point."
+        )
     try:
         model.load_state_dict(fitted, strict=True)
     except RuntimeError as error:
@@ -104,6 +110,9 @@ def _check_positions(model: nn.Module, state: Mapping[str, Tensor], what: str) -
     theirs, ours = state.get("pos_embed"), getattr(model, "pos_embed", None)
     if not isinstance(theirs, Tensor) or not isinstance(ours, Tensor) or theirs.ndim != 3 or ours.ndim != 3:
         return
+    patch, own = state.get(_PATCH), model.state_dict().get(_PATCH)
+    if theirs.shape[2] != ours.shape[2] or (patch is not None and own is not None and patch.shape != own.shape):
+        return  # another architecture, not only another image size: the comparison of all shapes says so
     prefix = int(getattr(model, "num_prefix_tokens", 1))
     # Converters move prefix tokens into or out of the position embedding; a larger difference is another grid.
     if abs(theirs.shape[1] - ours.shape[1]) <= prefix:

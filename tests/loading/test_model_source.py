@@ -474,3 +474,17 @@ def test_trained_deit_recognises_photographs() -> None:
     labels = torch.tensor([int(path.split("_")[0]) for path in source.paths])
     assert len(labels) == source.delivered == 100
     assert (predicted == labels).float().mean() > 0.7
+
+
+def test_another_architecture_is_not_taken_for_another_image_size(tmp_path: Path, tiny: Build) -> None:
+    path = _save(tmp_path, tiny().state_dict())
+    with pytest.raises(WeightsMismatchError) as caught:
+        load_model(path, "vit_small_patch16_224")
+    assert "--img-size" not in str(caught.value)
+    assert "48" in str(caught.value)
+
+
+def test_quantised_weights_are_refused(tmp_path: Path, tiny: Build) -> None:
+    state = {key: (tensor * 100).to(torch.int8) for key, tensor in tiny().state_dict().items()}
+    with pytest.raises(WeightsMismatchError, match="Quantised weights mean nothing without their scales"):
+        load_model(_save(tmp_path, state), ARCH, model_kwargs=TINY)

@@ -183,9 +183,14 @@ def test_bad_input_ends_with_a_sentence_and_its_code(strange, monkeypatch, words
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interruption(folder, tmp_path, number, code):
+    picture = (folder / "pictures" / "class0" / "0.png").read_bytes()
+    many = tmp_path / "many"  # more than any machine gets through before the signal comes
+    many.mkdir()
+    for name in range(500):
+        (many / f"{name}.png").write_bytes(picture)
     process = subprocess.Popen(
         [sys.executable, "-m", "collapse_probe", "analyze", "vit_base_patch16_224", "--no-pretrained", "--images",
-         str(folder / "pictures"), "-b", "1", "--out", str(tmp_path / "run")],
+         str(many), "-b", "1", "--out", str(tmp_path / "run")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=WIDE,
     )  # fmt: skip
     time.sleep(6)

@@ -159,8 +159,9 @@ def analyze(
 def _readable(source: ImageSource) -> Iterator[Tensor]:
     """The batches, until too many images turn out to be unreadable: then at once, not when all work is done."""
     for batch in source.batches():
-        yield batch
         check_skipped(source)
+        yield batch
+    check_skipped(source)  # the last files may have filled no batch
 
 
 class _prepared:

@@ -26,7 +26,7 @@ from collapse_probe.capture import (
     concatenate,
     layer_groups,
 )
-from collapse_probe.errors import CaptureError, ImagesError, ResourceError, UsageError
+from collapse_probe.errors import CaptureError, ResourceError, UsageError
 from collapse_probe.metrics import AttentionEntropy, CrossHeadSimilarity, CrossLayerSimilarity
 from collapse_probe.metrics.base import TileMetric, feed
 from collapse_probe.metrics.functional.ratio import block_similarity_ratio, similar_blocks
@@ -95,8 +95,6 @@ class Run:
                 f"Out of memory after {self.images} images at batch size {self.options.batch_size}. "
                 "Use a smaller --batch-size."
             ) from error
-        if self.images == 0:
-            raise ImagesError("No image could be used: see the skipped files.")
 
     def result(self) -> Analysis:
         groups, tables = [], []

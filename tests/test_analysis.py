@@ -12,6 +12,7 @@ import timm
 import torch
 from _models import _reference_dropped_maps, build, perturbed, unfused_twin
 from _reference import _reference_cosine
+from PIL import Image
 from shared_data import shared_data
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -20,6 +21,7 @@ import collapse_probe as cp
 from collapse_probe.capture import capture
 from collapse_probe.diagnosis import diagnose
 from collapse_probe.errors import CaptureError, ImagesError, UsageError
+from collapse_probe.loading import data_config, open_images
 
 IMAGES = torch.randn(14, 3, 32, 32, generator=torch.Generator().manual_seed(2))
 
@@ -216,6 +218,17 @@ def test_one_image_gives_a_verdict_without_undefined_numbers():
     result = cp.analyze(build("vit_tiny_patch16_224"), IMAGES[:1])
     assert "nan" not in " ".join(finding.evidence for finding in result.findings)
     assert "one image" in result.finding("healthy").evidence
+
+
+def test_unreadable_files_at_the_very_end_count_too(tmp_path):
+    """Files that fill no batch of their own: nothing is delivered after them, and they are counted all the same."""
+    for name in range(20):
+        Image.fromarray(np.full((32, 32, 3), 10 * name, np.uint8)).save(tmp_path / f"{name}.png")
+    order = open_images(tmp_path, config=data_config(build("vit_tiny_patch16_224"))).paths
+    for name in order[-2:]:
+        (tmp_path / name).write_bytes(b"no image")
+    with pytest.raises(ImagesError, match="2 of 20 images could not be read"):
+        cp.analyze(build("vit_tiny_patch16_224"), tmp_path, batch_size=2)
 
 
 def test_a_model_is_a_module_a_name_or_a_path():
@@ -466,7 +479,6 @@ def test_trained_deit_on_photographs(deit, photographs):
 @needs_data
 def test_trained_deit_agrees_with_loops_in_float64(deit, photographs):
     """From the same captured queries and keys, and in its means with the maps of the unfused model."""
-    from collapse_probe.loading import data_config, open_images
     from collapse_probe.metrics import CrossLayerSimilarity
 
     images = next(open_images(photographs, config=data_config(deit), batch_size=4, num_samples=4).batches())

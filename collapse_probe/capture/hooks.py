@@ -20,7 +20,7 @@ class ModuleStack:
 
     Args:
         model: the model to watch.
-        on_start: called with the outermost module and its inputs when a forward pass begins.
+        on_start: called with the inputs of the outermost module when a forward pass begins.
         on_end: called when that pass has ended, also by an exception.
     """
 

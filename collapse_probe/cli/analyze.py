@@ -153,19 +153,7 @@ def _sources(model: str | None, arch: str | None, checkpoint: str | None) -> tup
         if checkpoint is not None and arch is None:
             return checkpoint, None, None
         return (checkpoint, arch, None) if checkpoint is not None else (arch, None, None)
-    if arch is not None and not Path(model).exists() and _is_name(model):
-        raise UsageError(
-            f"{model!r} is no file, and a name together with --model is ambiguous: give the weights as the argument "
-            "and their architecture by --model, or a name alone."
-        )
     return model, arch, None
-
-
-def _is_name(text: str) -> bool:
-    """Whether a model argument names a model (with or without a pretrained tag) and not a file."""
-    from timm import is_model
-
-    return text.startswith(("hf-hub:", "hf_hub:")) or is_model(text.partition(".")[0])
 
 
 def _write(analysis: Any, folder: Path, progress: Any) -> None:

@@ -100,7 +100,10 @@ def _recognise_source(
     text, path = os.fspath(source), Path(source)
     if text.startswith((*_HUB, _LOCAL)) or (isinstance(source, str) and _is_name(source)):
         if arch is not None:
-            raise UsageError(f"{source} names a model already; --model {arch} is for weights files. Leave one out.")
+            raise UsageError(
+                f"{source} names a model already, so --model {arch} is ambiguous: it is for weights files. "
+                "Leave one out."
+            )
         kind = "hub" if text.startswith(_HUB) else "local-dir" if text.startswith(_LOCAL) else "timm name"
         return kind, text, _existing_file(checkpoint) if checkpoint is not None else None
     if not _exists(path):

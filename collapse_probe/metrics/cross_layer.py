@@ -24,6 +24,9 @@ PAIR_BUDGET = 256 << 20
 
 PARTS = ("prefix", "patch")
 
+#: Products of summed unit columns, and how many pairs of images they hold.
+_Crossed = tuple[Tensor, Tensor]
+
 
 @dataclass
 class _Gathered:
@@ -219,7 +222,8 @@ class CrossLayerSimilarity(TileMetric):
     def results(self) -> dict[str, Tensor]:
         if self.group is None:
             return {}
-        out = self._readings() | self._by_head_and_token()
+        crossed = self._crossed() if self.all_pairs else None
+        out = self._readings(crossed) | self._by_head_and_token(crossed)
         layers = self.group.layers
         out["histogram"] = self.histogram[:-1].view(layers, layers, HISTOGRAM_BINS).clone()
         out["zero_columns"], out["nonfinite_columns"] = self.zero_columns.clone(), self.nonfinite_columns.clone()
@@ -232,15 +236,15 @@ class CrossLayerSimilarity(TileMetric):
         _, error = mean_and_error(self.reading_moments[0, :, 0], float(self.images))
         return float(error.diagonal(offset=1).nan_to_num(torch.inf).max()) if self.group.layers > 1 else 0.0
 
-    def _readings(self) -> dict[str, Tensor]:
+    def _readings(self, crossed: _Crossed | None) -> dict[str, Tensor]:
         assert self.group is not None
         images = float(self.images)
         similarity, similarity_se = mean_and_error(self.reading_moments[0], images)
         centred, centred_se = mean_and_error(self.reading_moments[1], images)
         variation, variation_se = mean_and_error(self.variation_moments, images)
         pairs = PairSums(*self.pair_sums)
-        if self.all_pairs:
-            independent = self._all_pairs_mean()
+        if crossed is not None:
+            independent = self._all_pairs_mean(crossed)
             errors = pairs.errors_of_all_pairs(images, similarity_se)
         else:
             independent, errors = pairs.mean(), pairs.errors_of_blocks()
@@ -260,7 +264,7 @@ class CrossLayerSimilarity(TileMetric):
         suffixes = ("",) if self.group.parts == 1 else ("", *(f"_{part}" for part in PARTS))
         return {f"{name}{end}": value[i] for name, value in readings.items() for i, end in enumerate(suffixes)}
 
-    def _by_head_and_token(self) -> dict[str, Tensor]:
+    def _by_head_and_token(self, crossed: _Crossed | None) -> dict[str, Tensor]:
         out = {}
         for axis, sums, counts in (
             ("head", self.by_head, self.by_head_counts),
@@ -268,22 +272,22 @@ class CrossLayerSimilarity(TileMetric):
         ):
             means = (sums / counts).permute(0, 2, 3, 1)
             out[f"similarity_by_{axis}"], out[f"centred_by_{axis}"] = means[0], means[1]
-        if self.all_pairs:
-            crossed, pairs = self._crossed()
+        if crossed is not None:
+            products, pairs = crossed
             for axis, other, sums, counts in (
                 ("head", -1, self.by_head, self.by_head_counts),
                 ("token", -2, self.by_token, self.by_token_counts),
             ):
-                numerator = crossed.sum(other) - sums[0].permute(1, 2, 0)
+                numerator = products.sum(other) - sums[0].permute(1, 2, 0)
                 denominator = pairs.sum(other) - counts[0].permute(1, 2, 0)
                 out[f"image_independent_by_{axis}"] = _ratio(numerator, denominator)
         return out
 
-    def _all_pairs_mean(self) -> Tensor:
+    def _all_pairs_mean(self, crossed: _Crossed) -> Tensor:
         """The image-independent part over all ordered pairs of different images, for all keys and for each part."""
         assert self.group is not None
-        crossed, pairs = self._crossed()
-        numerator = crossed.sum(2) - self.by_token[0].permute(1, 2, 0)
+        products, pairs = crossed
+        numerator = products.sum(2) - self.by_token[0].permute(1, 2, 0)
         denominator = pairs.sum(2) - self.by_token_counts[0].permute(1, 2, 0)
         edges = (self.group.prefix_tokens,) if self.group.parts == 2 else ()
         split = [
@@ -291,7 +295,7 @@ class CrossLayerSimilarity(TileMetric):
         ]
         return _ratio(_with_total(split[0], 0), _with_total(split[1], 0))
 
-    def _crossed(self) -> tuple[Tensor, Tensor]:
+    def _crossed(self) -> _Crossed:
         """Products of summed unit columns, and how many pairs of images they hold: `[L, L, H, K]` each."""
         crossed = torch.einsum("phkq,rhkq->prhk", self.unit_sum, self.unit_sum)
         crossed += torch.einsum("phk,rhk->prhk", self.unit_level_sum, self.unit_level_sum)

@@ -55,6 +55,7 @@ def analyze(
     threshold: float = SIMILAR,
     nearest: int = 1,
     tile_bytes: int | None = None,
+    verify: bool = False,
     progress: Progress | bool = False,
 ) -> Analysis:
     """Where does attention collapse in this model?
@@ -84,6 +85,8 @@ def analyze(
             the similarity ratio.
         nearest: with how many blocks before and after each block is compared for its similarity ratio.
         tile_bytes: aimed-at size of the attention columns in memory at once. Results do not depend on it.
+        verify: check on the first batch that every map times its values is what the model computed and that no softmax
+            was overlooked; the outcome stands in the provenance, and a map that does not agree is left out.
         progress: True for a progress bar on stderr, or an object to report to (see :class:`Progress`).
 
     Returns:
@@ -97,7 +100,8 @@ def analyze(
     """
     options = Options(
         batch_size, workers, num_samples, device, amp, amp_dtype, seed,
-        (layers,) if isinstance(layers, str) else tuple(layers), attention, until_se, threshold, nearest, tile_bytes,
+        (layers,) if isinstance(layers, str) else tuple(layers), attention, until_se, threshold, nearest,
+        tile_bytes, verify,
     )  # fmt: skip
     options.check()
     started = time.perf_counter()
@@ -152,6 +156,8 @@ def analyze(
         "seconds": round(time.perf_counter() - started, 2),
         "versions": _versions(),
     }
+    if run.verification is not None:
+        analysis.provenance["verification"] = run.verification.to_dict()
     analysis.findings = diagnose(analysis, threshold)
     return analysis
 

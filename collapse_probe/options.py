@@ -25,6 +25,7 @@ class Options:
     threshold: float = SIMILAR
     nearest: int = 1
     tile_bytes: int | None = None
+    verify: bool = False
 
     def check(self) -> None:
         """Raises UsageError where a value is out of range."""

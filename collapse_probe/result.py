@@ -22,7 +22,9 @@ import pandas as pd
 from collapse_probe.errors import DamagedFileError, UsageError
 from collapse_probe.files import write_atomically
 
-SCHEMA_VERSION = 1
+#: Version 2 added windows and partitions; what an analysis of version 1 holds has one window per image.
+SCHEMA_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 
 #: Columns of the map are key tokens; these are the sets of keys that are reported apart.
 PARTS = ("all", "prefix", "patch")
@@ -60,24 +62,28 @@ class Finding:
 class Group:
     """Layers whose maps may be compared with each other, and everything measured across them.
 
-    With L layers, H heads and K key tokens:
+    With L layers, H heads and K key tokens; where attention stays within windows, the keys of all W windows of an image
+    count as its key tokens, window by window:
 
     Attributes:
         name: ``"A"``, ``"B"``… in execution order.
         layers: qualified layer names, in execution order (L of them).
         kind: ``"token"``, ``"class"``, ``"pooling"``…
-        heads, queries, keys: sizes of each layer's map.
+        heads, queries, keys: sizes of each layer's map, in each window where there are several.
         prefix_tokens: how many leading tokens are not patches (class token, registers).
         grid: height and width of the patch grid, or ``None`` where unknown.
+        windows: maps per image (W); 1 where every token sees every other.
+        partition: how the windows were cut, where a model cuts them in more than one way (``"shifted"``, ``"grid"``…).
         matrices: ``matrices[part][reading]`` is ``[L, L]``; part is one of :data:`PARTS` (``"prefix"`` and ``"patch"``
             only where both exist); readings are ``similarity``, ``centred``, ``image_independent``, ``excess``, each
             with its standard error over images as ``<reading>_se``, and ``centred_absent``, the share of
             (image, head, token) columns for which the centred similarity is undefined. NaN marks what is absent.
-        arrays: larger arrays by name: ``similarity_by_head`` [L, L, H], ``similarity_by_token`` [L, L, K],
+        arrays: larger arrays by name: ``similarity_by_head`` [L, L, H], ``similarity_by_token`` [L, L, W K],
             ``centred_by_head``, ``centred_by_token``, ``image_independent_by_head``, ``image_independent_by_token``
             (the last two only where all image pairs were summed exactly), ``histogram`` [L, L, bins] (counts of M,
-            bins of equal width from -1 to 1), ``cross_head_similarity`` [L, H, H]. Nothing here grows with the
-            number of images.
+            bins of equal width from -1 to 1), ``cross_head_similarity`` [L, H, H], ``entropy_by_head`` over the heads
+            of the softmax (only where these are equally many in all layers). Nothing here grows with the number of
+            images.
     """
 
     name: str
@@ -88,6 +94,8 @@ class Group:
     keys: int
     prefix_tokens: int = 0
     grid: tuple[int, int] | None = None
+    windows: int = 1
+    partition: str = ""
     matrices: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -100,9 +108,30 @@ class Group:
             raise UsageError(f"group {self.name} has no {reading!r} for part {part!r}; it has {known}") from None
         return pd.DataFrame(values, index=self.layers, columns=self.layers)
 
+    @property
+    def module(self) -> str:
+        """Name of the innermost module that holds all layers of the group; empty where that is the model itself."""
+        shared = []
+        for parts in zip(*(name.split(".")[:-1] for name in self.layers), strict=False):
+            if len(set(parts)) > 1:
+                break
+            shared.append(parts[0])
+        return ".".join(shared)
+
+    @property
+    def description(self) -> str:
+        """The group in words, for example ``"2 layers, window (shifted), 64 windows of 49 tokens"``."""
+        count = "1 layer" if len(self.layers) == 1 else f"{len(self.layers)} layers"
+        kind = f"{self.kind} ({self.partition})" if self.partition else self.kind
+        queries = "1 query" if self.queries == 1 else f"{self.queries} queries"
+        tokens = f"{self.keys} tokens" if self.queries == self.keys else f"{queries} and {self.keys} keys"
+        return f"{count}, {kind}, " + (f"{self.windows} windows of {tokens}" if self.windows > 1 else tokens)
+
     def meta(self) -> dict[str, Any]:
         """Everything but the arrays."""
-        names = ("name", "layers", "kind", "heads", "queries", "keys", "prefix_tokens", "grid")
+        names = (
+            "name", "layers", "kind", "heads", "queries", "keys", "prefix_tokens", "grid", "windows", "partition",
+        )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
 
@@ -182,10 +211,11 @@ class Analysis:
         except (OSError, ValueError, EOFError, KeyError) as error:
             raise DamagedFileError(f"{folder} holds a damaged analysis: {error}") from None
         version = data.get("schema_version") if isinstance(data, dict) else None
-        if version != SCHEMA_VERSION:
+        if version not in READABLE_VERSIONS:
+            known = " and ".join(map(str, READABLE_VERSIONS))
             raise DamagedFileError(
                 f"{folder}/analysis.json has schema version {version!r}; this version of collapse_probe reads "
-                f"{SCHEMA_VERSION}. Run the analysis again, or use the version that wrote it."
+                f"{known}. Run the analysis again, or use the version that wrote it."
             )
         return cls._from_dict(data, arrays)
 
@@ -213,6 +243,10 @@ class Analysis:
         table = pd.DataFrame(stored["rows"], columns=stored["columns"])
         table = table.astype(dict(zip(stored["columns"], stored["dtypes"], strict=True))).set_index("layer")
         table.index.name = None
+        if "windows" not in table and "keys" in table:  # schema version 1
+            after = list(table.columns).index("keys") + 1
+            table.insert(after, "windows", 1)
+            table.insert(after + 1, "partition", "")
         groups = []
         for entry in data["groups"]:
             meta = {key: value for key, value in entry.items() if key != "matrices"}

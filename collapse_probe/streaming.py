@@ -19,12 +19,15 @@ from torch import Tensor, nn
 
 from collapse_probe.capture import (
     NOT_COMPARED,
+    OUT_OF_ORDER,
     AttentionMap,
     Captured,
     TokenLayout,
+    Verification,
     capture,
     concatenate,
     layer_groups,
+    out_of_order,
 )
 from collapse_probe.errors import CaptureError, ResourceError, UsageError
 from collapse_probe.metrics import AttentionEntropy, CrossHeadSimilarity, CrossLayerSimilarity
@@ -60,6 +63,7 @@ class Run:
         self.images = 0
         self.groups: list[_GroupRun] = []
         self.not_captured: dict[str, str] = {}
+        self.verification: Verification | None = None
         self._pending: list[dict[str, AttentionMap]] = []
         self._order: list[str] = []
         self._shapes: list[tuple[int, ...]] = []
@@ -75,9 +79,15 @@ class Run:
         dtype = next((item.dtype for item in model.parameters() if item.is_floating_point()), torch.float32)
         try:
             for batch in batches:
-                with torch.inference_mode(), autocast, capture(model) as captured:
-                    model(batch.to(self.device, dtype, non_blocking=True))
                 first = not self.images
+                images = batch.to(self.device, dtype, non_blocking=True)
+                with torch.inference_mode(), autocast:
+                    with capture(model, first and self.options.verify) as captured:
+                        model(images)
+                    if first:
+                        for name in out_of_order(model, images, captured.maps):
+                            del captured.maps[name]
+                            captured.not_captured[name] = OUT_OF_ORDER
                 self._take(captured)
                 if self.progress is not None:
                     if first:
@@ -126,12 +136,12 @@ class Run:
         maps = self._chosen(captured)
         if not self.groups:
             self._open(maps, captured)
-        elif list(maps) != self._order or [item.shape[1:] for item in maps.values()] != self._shapes:
+        elif list(maps) != self._order or _sizes(maps) != self._shapes:
             raise CaptureError(
                 "The model attended in different layers, or over other numbers of tokens, on different batches; an "
                 "analysis needs images of one size that all pass through the same layers."
             )
-        self.images += next(iter(maps.values())).shape[0]
+        self.images += _image_count(maps)
         self._pending.append(maps)
         self._feed()
 
@@ -140,7 +150,9 @@ class Run:
         maps = {
             name: item if self.options.attention == "applied" else item.softmax
             for name, item in captured.maps.items()
-            if item.kind not in NOT_COMPARED and (not patterns or any(fnmatch.fnmatchcase(name, p) for p in patterns))
+            if item.kind not in NOT_COMPARED
+            and name not in self.not_captured  # found wrong on the first batch
+            and (not patterns or any(fnmatch.fnmatchcase(name, p) for p in patterns))
         }
         if not maps and captured.maps and patterns:
             raise UsageError(
@@ -152,8 +164,9 @@ class Run:
 
     def _open(self, maps: dict[str, AttentionMap], captured: Captured) -> None:
         self._order = list(maps)
-        self._shapes = [item.shape[1:] for item in maps.values()]
+        self._shapes = _sizes(maps)
         self.not_captured = dict(captured.not_captured)
+        self.verification = captured.verification
         for name, item in captured.maps.items():
             if item.kind in NOT_COMPARED:
                 self.not_captured[name] = NOT_COMPARED[item.kind]
@@ -161,7 +174,7 @@ class Run:
 
     def _feed(self, flush: bool = False) -> None:
         """Hand complete blocks of images to the metrics; the rest waits for the next batch, or for the end."""
-        waiting = sum(next(iter(maps.values())).shape[0] for maps in self._pending)
+        waiting = sum(_image_count(maps) for maps in self._pending)
         ready = waiting if flush else waiting - waiting % BLOCK
         if not ready:
             return
@@ -187,7 +200,7 @@ class _GroupRun:
     def __init__(self, names: list[str], maps: list[AttentionMap]) -> None:
         self.names = names
         self.layout: TokenLayout = maps[0].layout
-        self.kind = maps[0].kind
+        self.kind, self.windows, self.partition = maps[0].kind, maps[0].windows, maps[0].partition
         self.shape = maps[0].shape
         self.is_probability = [item.is_probability for item in maps]
         self.cross_layer, self.cross_head, self.entropy = (
@@ -216,14 +229,15 @@ class _GroupRun:
         _, head_count, queries, keys = self.shape
         group = Group(
             name, list(self.names), self.kind, head_count, queries, keys, self.layout.prefix_tokens, self.layout.grid,
-            matrices=_matrices(readings),
-            arrays={key: readings[key] for key in readings if "_by_" in key or key == "histogram"}
-            | {"cross_head_similarity": heads["cross_head_matrix"], "entropy_by_head": entropy["entropy_by_head"]},
+            self.windows, self.partition, _matrices(readings),
+            arrays={key: value for key, value in (readings | entropy).items() if "_by_" in key or key == "histogram"}
+            | {"cross_head_similarity": heads["cross_head_matrix"]},
         )  # fmt: skip
         table = pd.DataFrame(index=self.names)
         for key, value in (
             ("kind", self.kind), ("group", name), ("block", np.arange(len(self.names))), ("heads", head_count),
-            ("queries", queries), ("keys", keys), ("is_probability", self.is_probability),
+            ("queries", queries), ("keys", keys), ("windows", self.windows), ("partition", self.partition),
+            ("is_probability", self.is_probability),
         ):  # fmt: skip
             table[key] = value
         for key in ("entropy", "normalized_entropy"):
@@ -253,6 +267,23 @@ def _matrices(readings: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndar
         for part, suffix in suffixes.items()
         if f"similarity{suffix}" in readings
     }
+
+
+def _sizes(maps: Mapping[str, AttentionMap]) -> list[tuple[int, ...]]:
+    """What of the maps must be the same in every batch."""
+    return [(*item.shape[1:], item.windows) for item in maps.values()]
+
+
+def _image_count(maps: Mapping[str, AttentionMap]) -> int:
+    """How many images a batch held, on which all layers must agree."""
+    counts = {name: item.images for name, item in maps.items()}
+    if len(set(counts.values())) > 1:
+        fewest, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
+        raise CaptureError(
+            f"Layers disagree on how many images a batch held: {fewest} attended for {counts[fewest]} and {most} for "
+            f"{counts[most]}. Leave one of them out with --layers."
+        )
+    return next(iter(counts.values()))
 
 
 def _nothing_captured(captured: Captured) -> str:

@@ -61,6 +61,22 @@ def two_groups() -> Analysis:
     return Analysis(table, [first, second], list(FINDINGS), dict(PROVENANCE))
 
 
+def hierarchy() -> Analysis:
+    """Windowed attention in stages: two layers that stand alone, three regular and three shifted ones that alternate,
+    and two without windows."""
+    names = [[f"layers.{stage}.blocks.{block}.attn" for block in range(depth)] for stage, depth in enumerate((2, 6, 2))]
+    settings = {"heads": 3, "grid": None, "prefix": 0, "kind": "window"}
+    groups = [
+        make_group("A", names[0][:1], windows=16, **settings),
+        make_group("B", names[0][1:], windows=16, partition="shifted", **settings),
+        make_group("C", names[1][::2], windows=4, **settings),
+        make_group("D", names[1][1::2], windows=4, partition="shifted", **settings),
+        make_group("E", names[2], **(settings | {"kind": "token", "grid": (10, 10), "heads": 6})),
+    ]
+    table = pd.concat([make_table(group) for group in groups]).loc[[name for stage in names for name in stage]]
+    return Analysis(table, groups, list(FINDINGS), dict(PROVENANCE))
+
+
 def all_nan(analysis: Analysis, *readings: str) -> Analysis:
     """The same analysis with these readings undefined everywhere."""
     for group in analysis.groups:
@@ -81,6 +97,8 @@ def make_group(
     prefix: int,
     kind: str = "token",
     queries: int | None = None,
+    windows: int = 1,
+    partition: str = "",
 ) -> Group:
     count = len(layers)
     patches = grid[0] * grid[1] if grid else 100
@@ -93,9 +111,12 @@ def make_group(
     height, width = grid or (10, 10)
     bump = np.exp(-((np.arange(height)[:, None] - height / 4) ** 2 + (np.arange(width) - width / 2) ** 2) / 30).ravel()
     token = np.concatenate([np.full(prefix, 0.6), bump - bump.mean()])
+    token = (token + np.linspace(0, 0.2, windows)[:, None]).ravel()  # window by window
     by_token = mean[..., None] + 0.3 * token * (1 - mean[..., None])
     arrays = {"similarity_by_head": by_head, "similarity_by_token": by_token}
-    return Group(name, layers, kind, heads, queries or keys, keys, prefix, grid, matrices, arrays)
+    return Group(
+        name, layers, kind, heads, queries or keys, keys, prefix, grid, windows, partition, matrices, arrays
+    )  # fmt: skip
 
 
 def make_table(group: Group) -> pd.DataFrame:
@@ -110,6 +131,8 @@ def make_table(group: Group) -> pd.DataFrame:
             "heads": group.heads,
             "queries": group.queries,
             "keys": group.keys,
+            "windows": group.windows,
+            "partition": group.partition,
             "is_probability": True,
         },
         index=group.layers,

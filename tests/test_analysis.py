@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,17 +12,29 @@ import pytest
 import timm
 import torch
 from _models import _reference_dropped_maps, build, perturbed, unfused_twin
-from _reference import _reference_cosine
+from _reference import (
+    _reference_centred,
+    _reference_columns,
+    _reference_cosine,
+    _reference_entropy,
+    _reference_image_independent,
+    _reference_similarity,
+    peaked_maps,
+)
 from PIL import Image
 from shared_data import shared_data
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import collapse_probe as cp
-from collapse_probe.capture import capture
-from collapse_probe.diagnosis import diagnose
-from collapse_probe.errors import CaptureError, ImagesError, UsageError
+from collapse_probe.capture import NOT_COMPARED, AttentionMap, TokenLayout, capture
+from collapse_probe.capture.attention_map import Stored
+from collapse_probe.diagnosis import Thresholds, diagnose, is_uniform
+from collapse_probe.errors import CaptureError, DamagedFileError, ImagesError, UsageError
 from collapse_probe.loading import data_config, open_images
+from collapse_probe.options import Options
+from collapse_probe.streaming import Run
+from tests.analysis_factory import hierarchy
 
 IMAGES = torch.randn(14, 3, 32, 32, generator=torch.Generator().manual_seed(2))
 
@@ -203,15 +216,16 @@ def test_the_verdict_does_not_hang_on_the_order_of_groups():
             table.index = [f"{name}.{layer}" for layer in table.index]
             tables.append(table)
         groups = [
-            replace(first.groups[0], layers=list(tables[0].index)),
-            replace(second.groups[0], layers=list(tables[1].index)),
+            replace(part.groups[0], name=name, layers=list(table.index))
+            for name, part, table in zip("AB", (first, second), tables, strict=True)
         ]
         both = cp.Analysis(pd.concat(tables), groups)
         found = {finding.code for finding in diagnose(both)}
         assert "similar-blocks" in found
         assert "healthy" not in found
         where = "A" if first is broken else "B"
-        assert next(f for f in diagnose(both) if f.code == "similar-blocks").title.startswith(f"Group {where}: ")
+        finding = next(finding for finding in diagnose(both) if finding.code == "similar-blocks")
+        assert finding.title.startswith(f"Group {where} (token attention, in {where}.blocks): ")
 
 
 def test_one_image_gives_a_verdict_without_undefined_numbers():
@@ -291,6 +305,158 @@ def test_progress_is_told(model):
     assert told.calls == [(5, 14), (10, 14), (14, 14)]
 
 
+# -- windows and stages ----------------------------------------------------------------------------------------------
+
+SWIN = {"img_size": 56, "embed_dim": 24, "depths": (4, 2), "num_heads": (2, 4), "num_classes": 5}
+
+
+@pytest.fixture(scope="module")
+def swin():
+    torch.manual_seed(0)
+    return perturbed(timm.create_model("swin_tiny_patch4_window7_224", **SWIN), 0.1).double()
+
+
+@pytest.fixture(scope="module")
+def squares():
+    return torch.randn(10, 3, 56, 56, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def staged(swin, squares):
+    return cp.analyze(swin, squares)
+
+
+def test_stages_and_shifts_are_groups_of_their_own(staged):
+    described = [(group.name, group.module, group.description) for group in staged.groups]
+    assert described == [
+        ("A", "layers.0.blocks", "2 layers, window, 4 windows of 49 tokens"),
+        ("B", "layers.0.blocks", "2 layers, window (shifted), 4 windows of 49 tokens"),
+        ("C", "layers.1.blocks", "2 layers, token, 49 tokens"),
+    ]
+    assert staged.layers["windows"].tolist() == [4, 4, 4, 4, 1, 1]
+    assert staged.layers["partition"].tolist() == ["", "shifted", "", "shifted", "", ""]
+    assert staged.layers["group"].tolist() == ["A", "B", "A", "B", "C", "C"]
+    assert staged.provenance["images"]["count"] == 10
+
+
+def test_numbers_of_windows_are_those_of_loops_over_all_maps(swin, squares, staged):
+    with torch.inference_mode(), capture(swin) as captured:
+        swin(squares)
+    for group in staged.groups:
+        maps = torch.stack([captured.maps[name].materialize() for name in group.layers]).numpy()
+        columns = _reference_columns(maps, group.windows)[..., ::7]  # every seventh, for the sake of time
+        m, c = _reference_similarity(columns), _reference_centred(columns)
+        i = _reference_image_independent(columns[:, :4])
+        by_token = group.arrays["similarity_by_token"]
+        assert by_token.shape == (2, 2, group.windows * 49)
+        np.testing.assert_allclose(by_token[..., ::7], m.mean((0, 3)), atol=1e-9)
+        np.testing.assert_allclose(group.arrays["centred_by_token"][..., ::7], np.nanmean(c, (0, 3)), atol=1e-9)
+        few = cp.analyze(swin, squares[:4], layers=group.layers)
+        parts = few.groups[0].arrays["image_independent_by_token"]
+        np.testing.assert_allclose(parts[..., ::7], i.mean(2), atol=1e-9)
+        for name, layer in zip(group.layers, maps, strict=True):
+            entropy = _reference_entropy(layer).reshape(10, -1).mean(1)
+            assert staged.layers.loc[name, "entropy"] == pytest.approx(entropy.mean(), abs=1e-9)
+            error = entropy.std(ddof=1) / np.sqrt(10)
+            assert staged.layers.loc[name, "entropy_se"] == pytest.approx(error, abs=1e-9)
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 1}, {"batch_size": 3}, {"tile_bytes": 1}], ids=str)
+def test_batch_and_tile_size_change_nothing_in_windows(swin, squares, staged, options):
+    assert_same_numbers(cp.analyze(swin, squares, **options), staged, atol=1e-9)
+
+
+def synthetic(*layers):
+    """A batch of made-up maps: (name, tensor or fields of the map)."""
+    maps = {}
+    for name, tensor, fields in layers:
+        settings = {"kind": "token", "layout": TokenLayout()} | fields
+        maps[name] = AttentionMap(name, source=Stored(torch.as_tensor(tensor)), **settings)
+    return SimpleNamespace(maps=maps, not_captured={}, verification=None)
+
+
+def run_on(*batches):
+    run = Run(Options(), torch.device("cpu"), None, None)
+    for batch in batches:
+        run._take(batch)
+    run._feed(flush=True)
+    return run.result()
+
+
+def test_images_are_counted_whatever_the_windows():
+    maps = peaked_maps(layers=2, images=24, queries=4, keys=4)
+    window = {"kind": "window", "windows": 4, "partition": "grid"}
+    batches = [
+        synthetic(("a", maps[0][start:stop], window), ("b", maps[1][start:stop], window), ("c", token, {}))
+        for start, stop, token in ((0, 12, maps[0][:3]), (12, 24, maps[0][3:6]))
+    ]
+    result = run_on(*batches)
+    assert [(group.layers, group.windows, group.partition) for group in result.groups] == [
+        (["a", "b"], 4, "grid"),
+        (["c"], 1, ""),
+    ]
+    expected = _reference_similarity(_reference_columns(maps, 4)).mean((0, 3, 4))
+    np.testing.assert_allclose(result.groups[0].matrix(), expected, atol=1e-12)
+
+
+def test_batches_of_other_windows_are_refused():
+    maps = peaked_maps(layers=1, images=8)[0]
+    batches = [synthetic(("a", maps, {"kind": "window", "windows": windows})) for windows in (4, 2)]
+    with pytest.raises(CaptureError, match="images of one size"):
+        run_on(*batches)
+
+
+def test_layers_that_disagree_on_the_number_of_images_say_so():
+    maps = peaked_maps(layers=2, images=8)
+    batch = synthetic(("a", maps[0], {}), ("b", maps[1], {"kind": "window", "windows": 2}))
+    with pytest.raises(CaptureError, match="how many images a batch held: b attended for 4 and a for 8"):
+        run_on(batch)
+
+
+@pytest.mark.parametrize("kind", list(NOT_COMPARED))
+def test_kinds_that_are_not_compared_are_listed_with_their_reason(kind):
+    maps = peaked_maps(layers=3, images=4)
+    result = run_on(synthetic(("odd", maps[0][:1], {"kind": kind}), ("a", maps[1], {}), ("b", maps[2], {})))
+    assert result.not_captured == [{"layer": "odd", "reason": NOT_COMPARED[kind]}]
+    assert list(result.layers.index) == ["a", "b"]
+
+
+def test_softmax_heads_of_different_number_leave_entropy_by_head_absent():
+    maps = peaked_maps(layers=2, images=4)
+    softmaxes = [peaked_maps(layers=1, images=4, heads=heads)[0] for heads in (4, 3)]
+    layers = [
+        (name, own, {"origin": Stored(torch.tensor(softmax))})
+        for name, own, softmax in zip("ab", maps, softmaxes, strict=True)
+    ]
+    result = run_on(synthetic(*layers))
+    assert "entropy_by_head" not in result.groups[0].arrays
+    assert result.layers.loc["a", "entropy"] == pytest.approx(_reference_entropy(softmaxes[0]).mean(), abs=1e-12)
+
+
+def test_an_analysis_saved_before_there_were_windows_can_be_read(analysis, staged, tmp_path):
+    for name, result in (("one", analysis), ("several", staged)):
+        folder = result.save(tmp_path / name)
+        data = json.loads((folder / "analysis.json").read_text())
+        data["schema_version"] = 1
+        for group in data["groups"]:
+            del group["windows"], group["partition"]
+        for field in ("windows", "partition"):
+            place = data["layers"]["columns"].index(field)
+            for row in (data["layers"]["columns"], data["layers"]["dtypes"], *data["layers"]["rows"]):
+                del row[place]
+        (folder / "analysis.json").write_text(json.dumps(data))
+        again = cp.Analysis.load(folder)
+        assert list(again.layers.columns) == list(result.layers.columns)
+        assert (again.layers["windows"] == 1).all()
+        assert (again.layers["partition"] == "").all()
+        assert all(group.windows == 1 and group.partition == "" for group in again.groups)
+    assert_same_numbers(cp.Analysis.load(tmp_path / "one"), analysis, atol=0)
+    data["schema_version"] = 3
+    (folder / "analysis.json").write_text(json.dumps(data))
+    with pytest.raises(DamagedFileError, match="schema version 3; this version of collapse_probe reads 1 and 2"):
+        cp.Analysis.load(folder)
+
+
 def test_save_and_load(analysis, tmp_path):
     again = cp.Analysis.load(analysis.save(tmp_path / "run"))
     pd.testing.assert_frame_equal(again.layers, analysis.layers)
@@ -304,7 +470,7 @@ def test_save_and_load(analysis, tmp_path):
         "similarity.csv",
     ]
     data = json.loads((tmp_path / "run" / "analysis.json").read_text())
-    assert data["schema_version"] == 1
+    assert data["schema_version"] == 2
     assert data["provenance"]["images"]["count"] == 14
     table = pd.read_csv(tmp_path / "run" / "similarity.csv", index_col="layer")
     np.testing.assert_allclose(table, analysis.similarity)
@@ -431,6 +597,106 @@ def test_copied_heads_are_found_where_they_are():
     assert finding.layers == ("blocks.2.attn",)
     assert result.layers.loc["blocks.2.attn", "head_diversity"] == pytest.approx(0, abs=1e-5)
     assert "similar-blocks" not in codes(result)
+
+
+class Windowed(nn.Module):
+    """Three layers that attend uniformly within windows, to a quarter of the keys where the window is masked."""
+
+    def __init__(self, masked):
+        super().__init__()
+        quarter = torch.arange(16) // 4
+        self.mask = torch.stack([(quarter[:, None] == quarter) | (window >= masked) for window in range(4)])
+
+    def forward(self, x):
+        tokens = x.reshape(len(x), 3, 4, 16).permute(0, 2, 3, 1).flatten(0, 1)[:, None]
+        mask = self.mask.repeat(len(x), 1, 1)[:, None]
+        for _ in range(3):
+            tokens = nn.functional.scaled_dot_product_attention(tokens * 0, tokens * 0, tokens, mask)
+        return tokens.unflatten(0, (len(x), 4))
+
+
+@pytest.mark.parametrize("masked", [0, 1, 4])
+def test_uniform_attention_within_masked_windows_is_uniform(masked):
+    result = cp.analyze(Windowed(masked), torch.randn(8, 3, 8, 8))
+    assert result.groups[0].windows == 4
+    np.testing.assert_allclose(result.layers["normalized_entropy"], 1)
+    np.testing.assert_allclose(result.layers["relative_variation"], masked / 4 * np.sqrt(3 / 4), atol=1e-7)
+    assert codes(result) == {"uniform-attention"}
+    assert ("what masks add" in result.findings[0].threshold) == (masked == 4)
+
+
+def test_peaked_attention_within_masked_windows_is_not_uniform():
+    """What masks add to r does not excuse everything."""
+    table = hierarchy().layers.iloc[:1].assign(keys=16, entropy=0.95 * np.log(4), normalized_entropy=0.95)
+    limits = Thresholds()
+    for own in (0.3, 0.54, 0.56, 0.9):
+        r = np.sqrt(1 - (1 - own**2) / 4)  # a quarter of the queries sees each key
+        assert is_uniform(table.assign(relative_variation=r), limits).all() == (own < limits.uniform_variation)
+
+
+def alike(analysis, *layers):
+    analysis.layers.loc[list(layers), "similarity_to_previous"] = 0.95
+    analysis.layers.loc[list(layers), "similar_to_previous"] = True
+    return analysis
+
+
+def test_each_group_is_judged_and_named():
+    assert [finding.code for finding in diagnose(hierarchy())] == ["healthy"]
+    evidence = diagnose(hierarchy())[0].evidence
+    assert "most alike neighbours are layers.1.blocks." in evidence
+    assert evidence.endswith("2 of 10 layers have no other to be compared with")
+    broken = alike(hierarchy(), "layers.1.blocks.3.attn", "layers.1.blocks.5.attn", "layers.2.blocks.1.attn")
+    found = diagnose(broken)
+    assert [finding.code for finding in found] == ["similar-blocks"] * 2
+    assert found[0].title.startswith(
+        "Group D (window attention, shifted, in layers.1.blocks): Attention collapses across layers"
+    )
+    assert "from layers.1.blocks.1.attn on" in found[0].title
+    assert "2 of 3 blocks" in found[0].evidence
+    assert found[1].title.startswith("Group E (token attention, in layers.2.blocks): ")
+    assert [finding.severity for finding in found] == ["warning"] * 2  # 3 of 10 layers
+    more = diagnose(alike(broken, "layers.1.blocks.4.attn"))
+    assert [finding.severity for finding in more] == ["problem"] * 3
+
+
+@pytest.mark.parametrize("kind", ["class", "pooling", "cross"])
+def test_other_kinds_stay_out_of_the_verdict(kind):
+    result = alike(hierarchy(), "layers.2.blocks.1.attn")
+    result.groups[4].kind = kind
+    result.layers.loc[result.groups[4].layers, ["normalized_entropy", "cross_head_similarity"]] = 0.999
+    assert [finding.code for finding in diagnose(result)] == ["healthy"]
+
+
+def test_what_is_said_of_single_layers_is_said_of_all_groups_together():
+    result = hierarchy()
+    uniform = ["layers.0.blocks.0.attn", "layers.2.blocks.1.attn"]
+    result.layers.loc[uniform, "normalized_entropy"] = 0.99
+    result.layers.loc[uniform, "relative_variation"] = 0.2
+    redundant = ["layers.0.blocks.1.attn", "layers.2.blocks.0.attn"]
+    result.layers.loc[redundant, "cross_head_similarity"] = 0.95
+    found = {finding.code: finding for finding in diagnose(result)}
+    assert found.keys() == {"uniform-attention", "head-redundancy", "healthy"}
+    assert found["uniform-attention"].layers == tuple(uniform)
+    assert found["uniform-attention"].severity == "note"
+    assert "2 of 10 layers" in found["uniform-attention"].evidence
+    assert found["head-redundancy"].layers == tuple(redundant)
+    assert found["head-redundancy"].severity == "note"
+    assert "over 3 to 6 heads" in found["head-redundancy"].evidence
+    result.layers["normalized_entropy"], result.layers["relative_variation"] = 0.99, 0.2
+    (finding,) = diagnose(result)
+    assert (finding.code, finding.severity) == ("uniform-attention", "problem")
+    assert "untrained" in finding.title
+
+
+def test_groups_of_single_layers_are_not_comparable_whatever_else_is_said_of_them():
+    result = hierarchy()
+    result.groups = result.groups[:2]
+    result.layers = result.layers.iloc[:2]
+    assert {finding.code for finding in diagnose(result)} == {"not-comparable"}
+    result.layers["cross_head_similarity"] = 0.95
+    assert {finding.code for finding in diagnose(result)} == {"not-comparable", "head-redundancy"}
+    result.layers["normalized_entropy"], result.layers["relative_variation"] = 0.99, 0.2
+    assert {finding.code for finding in diagnose(result)} == {"uniform-attention"}
 
 
 def test_nan_is_reported_and_poisons_nothing_else():

@@ -7,20 +7,25 @@ import types
 from torch import nn
 
 from collapse_probe.capture.attention_map import AttentionMap, HeadMix, QueryKey, Stored, TokenLayout, concatenate
+from collapse_probe.capture.batches import OUT_OF_ORDER, out_of_order
 from collapse_probe.capture.context import Captured, capture
 from collapse_probe.capture.groups import NOT_COMPARED, layer_groups
+from collapse_probe.capture.verification import Verification
 
 __all__ = [
     "NOT_COMPARED",
+    "OUT_OF_ORDER",
     "AttentionMap",
     "Captured",
     "HeadMix",
     "QueryKey",
     "Stored",
     "TokenLayout",
+    "Verification",
     "capture",
     "concatenate",
     "layer_groups",
+    "out_of_order",
 ]
 
 
@@ -28,8 +33,8 @@ class _CallablePackage(types.ModuleType):
     """Lets `collapse_probe.capture(model)` work: importing this package puts it, a module, under the function's
     name."""
 
-    def __call__(self, model: nn.Module) -> contextlib.AbstractContextManager[Captured]:
-        return capture(model)
+    def __call__(self, model: nn.Module, verify: bool = False) -> contextlib.AbstractContextManager[Captured]:
+        return capture(model, verify)
 
 
 sys.modules[__name__].__class__ = _CallablePackage

@@ -19,6 +19,9 @@ from torch import Tensor
 #: Rows of logits that `log_normalizer` holds at once, in elements: bounds its memory on long sequences.
 _CHUNK_ELEMENTS = 1 << 24
 
+#: A key whose bias is lower than its row's largest by more than this is masked: exp(-50) is lost in any sum.
+_MASKED_BELOW = 50
+
 
 @dataclass(frozen=True)
 class TokenLayout:
@@ -46,7 +49,6 @@ class Source(Protocol):
     def columns(self, start: int, stop: int) -> Tensor: ...
     def rows(self, start: int, stop: int) -> Tensor: ...
     def select(self, start: int, stop: int) -> Source: ...
-    def unfold_images(self, images: int) -> Source: ...
     def clone(self) -> Source: ...
     def admissible_keys(self) -> Tensor | None: ...
 
@@ -59,9 +61,12 @@ class QueryKey:
         q: queries `[B, H, Q, D]`.
         k: keys `[B, H, K, D]`.
         scale: factor of the products.
-        bias: additive logits, four axes that broadcast to `[B, H, Q, K]`, minus infinity where a key is masked.
+        bias: additive logits `[P, H, Q, K]`, minus infinity where a key is masked; axes may be of length 1. P is 1, W
+            (every image repeats the biases of its windows) or B.
         causal: query i sees keys 0..i only (aligned top left, as `F.scaled_dot_product_attention` does).
         log_normalizer: `[B, H, Q]`, log of the sum of exponentials of each row, where a kernel returned it.
+        premix: what the model applies over the heads of the logits, bias included, before the softmax.
+        windows: W, maps per image on the first axis.
     """
 
     q: Tensor
@@ -70,6 +75,8 @@ class QueryKey:
     bias: Tensor | None = None
     causal: bool = False
     log_normalizer: Tensor | None = None
+    premix: HeadMix | None = None
+    windows: int = 1
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -88,7 +95,7 @@ class QueryKey:
         """The same map for images start..stop-1, in the dtype that it is computed in."""
         dtype = torch.promote_types(self.q.dtype, torch.float32)
         bias, normalizer = self.bias, self.log_normalizer
-        if bias is not None and bias.shape[0] > 1:
+        if bias is not None and bias.shape[0] not in (1, self.windows):
             bias = bias[start:stop]
         return replace(
             self,
@@ -96,20 +103,6 @@ class QueryKey:
             k=self.k[start:stop].to(dtype),
             bias=bias,
             log_normalizer=None if normalizer is None else normalizer[start:stop].to(dtype),
-        )
-
-    def unfold_images(self, images: int) -> QueryKey:
-        """The same map where images were folded into the heads of a batch of one: `[1, B H, ...]` -> `[B, H, ...]`."""
-        bias = self.bias
-        if bias is not None and bias.shape[1] > 1:
-            bias = bias.reshape(images, -1, *bias.shape[2:])
-        normalizer = self.log_normalizer
-        return replace(
-            self,
-            q=self.q.reshape(images, -1, *self.q.shape[2:]),
-            k=self.k.reshape(images, -1, *self.k.shape[2:]),
-            bias=bias,
-            log_normalizer=None if normalizer is None else normalizer.reshape(images, -1, normalizer.shape[2]),
         )
 
     def clone(self) -> QueryKey:
@@ -126,9 +119,15 @@ class QueryKey:
         """How many keys each query may attend to, broadcastable to `[B, H, Q]`; None where that is all of them."""
         _, _, queries, keys = self.shape
         allowed = self._allowed(slice(0, queries), slice(0, keys), self.q)
-        if allowed is None or not (allowed == -torch.inf).any():
+        if allowed is None:
             return None
-        return (allowed > -torch.inf).expand(*allowed.shape[:-1], keys).sum(-1)
+        # Masks need not be minus infinity: timm's Swin adds -100, others the smallest number of the dtype.
+        least = (allowed.amax(-1, keepdim=True) - _MASKED_BELOW).clamp(min=torch.finfo(allowed.dtype).min)
+        admitted = allowed > least
+        if admitted.all():
+            return None
+        counts = admitted.expand(*allowed.shape[:-1], keys).sum(-1)
+        return counts if counts.shape[0] == 1 else counts.repeat(self.shape[0] // counts.shape[0], 1, 1)
 
     def columns(self, start: int, stop: int) -> Tensor:
         """Probabilities of keys start..stop-1: `[B, H, Q, stop-start]`."""
@@ -140,11 +139,16 @@ class QueryKey:
         """Write the columns key by key into a contiguous `out` `[B, H, stop-start, Q]`."""
         queries = self.shape[2]
         q, k = self._computed(self.q).flatten(0, 1), self._computed(self.k[:, :, start:stop]).flatten(0, 1)
-        normalizer = self._log_normalizer().flatten(0, 1)[:, None]
-        torch.baddbmm(normalizer, k, q.mT, beta=-1, alpha=self.scale, out=out.view(-1, stop - start, queries))
+        normalizer = self._log_normalizer()[:, :, None]
         allowed = self._allowed(slice(0, queries), slice(start, stop), out)
+        flat = out.view(-1, stop - start, queries)
+        if self.premix is not None:
+            torch.baddbmm(flat.new_zeros(()), k, q.mT, beta=0, alpha=self.scale, out=flat)
+            logits = out if allowed is None else _plus(out, allowed.mT)
+            return torch.sub(self.premix(logits), normalizer, out=out).exp_()
+        torch.baddbmm(normalizer.flatten(0, 1), k, q.mT, beta=-1, alpha=self.scale, out=flat)
         if allowed is not None:
-            out += allowed.mT
+            _periodic(out, allowed).add_(allowed.mT)
         return out.exp_()
 
     def rows(self, start: int, stop: int) -> Tensor:
@@ -154,7 +158,8 @@ class QueryKey:
     def _logits(self, start: int, stop: int) -> Tensor:
         logits = self._computed(self.q[:, :, start:stop]) @ self._computed(self.k).mT * self.scale
         allowed = self._allowed(slice(start, stop), slice(0, self.k.shape[2]), logits)
-        return logits if allowed is None else logits + allowed
+        logits = logits if allowed is None else _plus(logits, allowed)
+        return logits if self.premix is None else self.premix(logits)
 
     def _allowed(self, queries: slice, keys: slice, like: Tensor) -> Tensor | None:
         """Additive logits (bias and causal mask) for a part of the map, broadcastable to `[B, H, q, k]`."""
@@ -205,10 +210,6 @@ class Stored:
     def select(self, start: int, stop: int) -> Stored:
         return Stored(self.tensor[start:stop])
 
-    def unfold_images(self, images: int) -> Stored:
-        """The same map where images were folded into the heads of a batch of one."""
-        return Stored(self.tensor.reshape(images, -1, *self.tensor.shape[2:]))
-
     def clone(self) -> Stored:
         return Stored(self.tensor.clone())
 
@@ -223,6 +224,50 @@ class Stored:
 
     def rows(self, start: int, stop: int) -> Tensor:
         return self.tensor[:, :, start:stop].to(self.dtype)
+
+
+@dataclass
+class Combination:
+    """A weighted sum of maps of equal shape: differential attention applies `P1 - lambda P2`."""
+
+    sources: tuple[Source, ...]
+    factors: tuple[float, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.sources[0].shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.sources[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.sources[0].dtype
+
+    def select(self, start: int, stop: int) -> Combination:
+        return Combination(tuple(item.select(start, stop) for item in self.sources), self.factors)
+
+    def clone(self) -> Combination:
+        return Combination(tuple(item.clone() for item in self.sources), self.factors)
+
+    def admissible_keys(self) -> Tensor | None:
+        return self.sources[0].admissible_keys()
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        return self._sum([item.columns(start, stop) for item in self.sources])
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self._sum([item.rows(start, stop) for item in self.sources])
+
+    def write_columns(self, start: int, stop: int, out: Tensor) -> Tensor:
+        return out.copy_(self.columns(start, stop).mT)
+
+    def _sum(self, parts: list[Tensor]) -> Tensor:
+        total = parts[0] * self.factors[0]
+        for part, factor in zip(parts[1:], self.factors[1:], strict=True):
+            total.add_(part, alpha=factor)
+        return total
 
 
 @dataclass(frozen=True)
@@ -248,6 +293,18 @@ class HeadMix:
         return mixed.view(part.shape[0], weight.shape[0], *part.shape[2:])
 
 
+#: Kinds of attention. Only the first three are about tokens of one image that ask tokens of the same image.
+KINDS = {
+    "token": "every token of the image asks; keys are its tokens, or fewer where the layer pools them",
+    "window": "tokens ask within their window; several maps per image",
+    "class": "one query per image, a class token",
+    "pooling": "a pooling head: learnt or averaged queries ask the tokens",
+    "cross": "queries come from another sequence than keys",
+    "channel": "channels ask channels",
+    "gate": "a softmax that weights values without comparing queries with keys",
+}
+
+
 @dataclass(frozen=True)
 class AttentionMap:
     """One layer's attention for one batch, `[B, H, Q, K]`, lazy and exact.
@@ -258,12 +315,13 @@ class AttentionMap:
 
     Attributes:
         name: qualified name of the layer in its model.
-        kind: ``"token"`` (self-attention among all tokens), ``"class"`` (one query per image), ``"window"`` (several
-            maps per image) or ``"cross"``.
+        kind: what asks what, one of :data:`KINDS`.
         layout: what the key tokens are.
         source: where the numbers come from.
         mix: what the model applies to the softmax before the product with the values, if it mixes heads.
         origin: the softmax underneath, where `source` is a stored map that came from it in another way.
+        windows: maps per image: tokens of different windows do not see each other.
+        partition: how the windows were cut, where a model cuts them in more than one way (``"shifted"``, ``"grid"``…).
     """
 
     name: str
@@ -272,12 +330,19 @@ class AttentionMap:
     source: Source
     mix: HeadMix | None = None
     origin: Source | None = field(default=None, repr=False)
+    windows: int = 1
+    partition: str = ""
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """(B, H, Q, K)."""
+        """(B, H, Q, K); with W windows per image, B counts windows: images times W, an image's windows side by side."""
         batch, heads, queries, keys = self.source.shape
         return batch, heads if self.mix is None else self.mix.weight.shape[0], queries, keys
+
+    @property
+    def images(self) -> int:
+        """How many images the batch held."""
+        return self.shape[0] // self.windows
 
     @property
     def is_probability(self) -> bool:
@@ -353,6 +418,7 @@ class AttentionMap:
 
     def select(self, start: int, stop: int) -> AttentionMap:
         """The same layer for images start..stop-1."""
+        start, stop = start * self.windows, stop * self.windows
         origin = None if self.origin is None else self.origin.select(start, stop)
         return replace(self, source=self.source.select(start, stop), origin=origin)
 
@@ -382,9 +448,14 @@ def concatenate(maps: Sequence[AttentionMap]) -> AttentionMap:
 
 
 def _concatenate_sources(sources: Sequence[Source]) -> Source:
+    combined = [source for source in sources if isinstance(source, Combination)]
+    if len(combined) == len(sources) and len({source.factors for source in combined}) == 1:
+        parts = zip(*(source.sources for source in combined), strict=True)
+        return replace(combined[0], sources=tuple(_concatenate_sources(part) for part in parts))
     query_keys = [source for source in sources if isinstance(source, QueryKey)]
     settings = {(source.scale, source.causal) for source in query_keys}
-    if len(query_keys) < len(sources) or len(settings) > 1:
+    alike = len(settings) <= 1 and all(_same_mix(source.premix, query_keys[0].premix) for source in query_keys)
+    if len(query_keys) < len(sources) or not alike:
         return Stored(torch.cat([source.rows(0, source.shape[2]) for source in sources]))
     normalizers = [source.log_normalizer for source in query_keys if source.log_normalizer is not None]
     return replace(
@@ -403,23 +474,34 @@ def _concatenate_biases(sources: Sequence[QueryKey]) -> Tensor | None:
         return None
     if (
         first is not None
-        and first.shape[0] == 1
+        and first.shape[0] in (1, sources[0].windows)
         and all(bias is not None and torch.equal(bias, first) for bias in biases)
     ):
-        return first
+        return first  # one for all, or one for each window, which every image repeats
     return torch.cat([_full_bias(source) for source in sources])
 
 
 def _full_bias(source: QueryKey) -> Tensor:
     """The bias with every axis spelled out; zeros where there is none."""
-    bias = source.q.new_zeros(()) if source.bias is None else source.bias
-    return bias.expand(source.shape)
+    if source.bias is None:
+        return source.q.new_zeros(()).expand(source.shape)
+    return source.bias.repeat(source.shape[0] // source.bias.shape[0], 1, 1, 1).expand(source.shape)
 
 
 def _same_mix(one: HeadMix | None, other: HeadMix | None) -> bool:
     if one is None or other is None:
         return one is other
     return one is other or (torch.equal(one.weight, other.weight) and torch.equal(one.bias, other.bias))
+
+
+def _periodic(tensor: Tensor, repeated: Tensor) -> Tensor:
+    """A view whose first axis counts repetitions of what is as long as the first axis of `repeated`."""
+    period = repeated.shape[0]
+    return tensor.view(-1, period, *tensor.shape[1:])
+
+
+def _plus(logits: Tensor, allowed: Tensor) -> Tensor:
+    return (_periodic(logits, allowed) + allowed).flatten(0, 1)
 
 
 def _softmax(logits: Tensor) -> Tensor:

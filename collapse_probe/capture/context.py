@@ -5,20 +5,33 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from collapse_probe.capture.attention_map import AttentionMap, Source, TokenLayout
+from collapse_probe.capture.attention_map import AttentionMap, Combination, TokenLayout
+from collapse_probe.capture.axes import Site
 from collapse_probe.capture.dataflow import AttentionTracer
-from collapse_probe.capture.hooks import ModuleStack
-from collapse_probe.capture.kernels import Sighting
-from collapse_probe.capture.layout import is_channel_attention, token_layout
+from collapse_probe.capture.hooks import ModuleStack, Running
+from collapse_probe.capture.layout import token_layout
+from collapse_probe.capture.meaning import heads, kind, meaning, partition
+from collapse_probe.capture.operators import storage_of
+from collapse_probe.capture.sighting import Product, Sighting
+from collapse_probe.capture.verification import Verification, product_error, tolerance
 from collapse_probe.errors import UsageError
 
 _ATTENTION_CLASS = re.compile(r"attn|attention", re.IGNORECASE)
+
+#: Kinds of attention whose keys are the tokens of one image.
+_KEYS_ARE_TOKENS = ("token", "class", "pooling")
+
+_ACROSS_IMAGES = (
+    "its queries and keys are the {} images of the batch: the softmax runs across images, so what the model says of "
+    "one depends on the others"
+)
 
 
 class Captured:
@@ -28,17 +41,18 @@ class Captured:
         maps: qualified layer name -> :class:`AttentionMap`, in execution order, detached; a layer that attends twice
             gives ``"name"`` and ``"name#1"``.
         not_captured: layer name -> reason, for layers that attended, or look as if they should have, and have no map.
+        verification: what a capture with ``verify=True`` showed of that pass; None without.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, verify: bool = False) -> None:
         self.maps: dict[str, AttentionMap] = {}
         self.not_captured: dict[str, str] = {}
-        self._images: int | None = None
-        self._image_size: tuple[int, int] | None = None
-        self._seen: set[nn.Module] = set()
+        self.verification = Verification() if verify else None
+        self._pass = _Pass()
         self._stale = False
         self._stack = ModuleStack(model, self._begin, self._end)
-        self._tracer = AttentionTracer(self._record, lambda: self._stack.top, self._heads)
+        parameters = {storage_of(parameter) for parameter in model.parameters()}
+        self._tracer = AttentionTracer(self._record, lambda: self._stack.top, self._site, parameters, verify)
 
     def __repr__(self) -> str:
         missing = f", {len(self.not_captured)} not captured" if self.not_captured else ""
@@ -47,88 +61,160 @@ class Captured:
     def _close(self) -> None:
         """Hooks off, and no reference left from the watchers back to here: a batch of maps would otherwise live on
         until the garbage collector looks for cycles."""
+        if self._stack.elsewhere and not self._stack.ran:
+            self._name_elsewhere()
         self._stack.detach()
         self._tracer.reset()
         del self._stack, self._tracer
 
-    def _begin(self, inputs: tuple[Any, ...]) -> None:
+    # -- a pass ------------------------------------------------------------------------------------------------------
+
+    def _begin(self, module: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
         """A pass begins. What is known is thrown away only when it attends: `forward_head` after a pass does not."""
         self._stale = True
         self._tracer.reset()
-        first = next((item for item in inputs if isinstance(item, Tensor) and not item.is_nested), None)
-        self._images = None if first is None or not first.ndim else first.shape[0]
-        self._image_size = (first.shape[-2], first.shape[-1]) if first is not None and first.ndim == 4 else None
+        self._pass = _Pass(*_batch(module, [*inputs, *keywords.values()]))
 
     def _refresh(self) -> None:
         if self._stale:
-            self.maps, self.not_captured, self._seen, self._stale = {}, {}, set(), False
+            self.maps, self.not_captured, self._stale = {}, {}, False
+            if self.verification is not None:
+                self.verification = Verification()
 
     def _end(self) -> None:
-        for module, reason in self._tracer.unfinished.values():
-            self._refresh()
-            self._seen.add(module)
-            self.not_captured[_unused(self._name(module), self.not_captured)] = reason
-        self._tracer.reset()
-        for module, name in self._stack.names.items():
-            if not _looks_like_attention(module):
+        tracer, known = self._tracer, self._pass
+        for serial, (module, reason) in tracer.unfinished.items():
+            if not reason:
+                tracer.ran.discard(serial)
                 continue
-            if module in self._stack.elsewhere:
-                self._refresh()
-                self.not_captured[name] = "it ran in another thread, where it cannot be observed"
-            elif module in self._stack.ran and not self._seen_within(module):
+            self._refresh()
+            known.seen.add(module)
+            self._gap(self._name(module), reason, frozenset({serial}))
+        self._name_elsewhere()
+        for module, name in self._stack.names.items():
+            if (
+                _looks_like_attention(module)
+                and module in self._stack.ran
+                and not any(part in known.seen for part in module.modules())
+            ):
                 self._refresh()
                 self.not_captured[name] = "it ran, and no product of a softmax with values was seen in it"
+        if self.verification is not None and not self._stale:
+            self._count(self.verification, tracer.ran)
+        tracer.reset()
 
-    def _seen_within(self, module: nn.Module) -> bool:
-        return any(part in self._seen for part in module.modules())
+    def _name_elsewhere(self) -> None:
+        """List the outermost modules that ran in other threads."""
+        names = {self._name(module) for module in self._stack.elsewhere}
+        whole = {self._name(module) for module in self._stack.elsewhere if not self._stack.names[module]}
+        for name in whole or {name for name in names if not any(name.startswith(f"{other}.") for other in names)}:
+            self._refresh()
+            self.not_captured[name] = "it ran in another thread, where it cannot be observed"
+
+    def _count(self, verification: Verification, ran: set[int]) -> None:
+        captured = set().union(*self._pass.mapped.values())
+        named = self._pass.named - captured
+        verification.kernels, verification.captured, verification.named = (
+            len(ran),
+            len(captured & ran),
+            len(named & ran),
+        )
+        missing = ran - captured - named
+        if missing:
+            verification.failures.append(f"{len(missing)} softmaxes or attention kernels were overlooked")
+
+    # -- what the tracer reports -------------------------------------------------------------------------------------
 
     def _name(self, module: nn.Module) -> str:
         return self._stack.names[module] or type(module).__name__
 
-    def _record(self, sighting: Sighting) -> None:
-        top = self._stack.top
-        assert top is not None  # the tracer is active only while a module runs
-        self._refresh()
-        self._seen.add(top)
-        name = f"{self._name(top)}.{sighting.submodule}" if sighting.submodule else self._name(top)
-        key = _unused(name, self.maps.keys() | self.not_captured.keys())
-        if sighting.source is None:
-            self.not_captured[key] = sighting.reason
-            return
-        source, origin = (self._unfolded(item) for item in (sighting.source, sighting.origin))
-        assert source is not None
+    def _site(self) -> Site:
         running = self._stack.running
-        owner = next((item for item in reversed(running) if hasattr(item, "num_prefix_tokens")), running[0])
-        layout = token_layout(owner, source.shape[3], self._image_size)
-        kind = self._kind(source, owner, layout)
-        if kind not in ("token", "class"):
-            layout = TokenLayout()
-        self.maps[key] = AttentionMap(key, kind, layout, source, sighting.mix, origin)
+        return Site(self._pass.images, heads(running), meaning(running).windows_last)
 
-    def _unfolded(self, source: Source | None) -> Source | None:
-        """The same map with images on the batch axis, where a fused kernel was given them folded into the heads."""
-        if source is None or not self._images or source.shape[0] != 1 or source.shape[1] % self._images:
-            return source
-        return source.unfold_images(self._images)
+    def _gap(self, name: str, reason: str, serials: frozenset[int]) -> None:
+        self.not_captured[_unused(name, self.maps.keys() | self.not_captured.keys())] = reason
+        self._pass.named |= serials
 
-    def _kind(self, source: Source, owner: nn.Module, layout: TokenLayout) -> str:
-        batch, _, queries, keys = source.shape
-        if self._images and batch != self._images:
-            return "window"
-        if queries != keys:
-            return "class" if queries == 1 else "cross"
-        return "channel" if is_channel_attention(source, owner, layout) else "token"
-
-    def _heads(self) -> int | None:
-        for name in ("num_heads", "n_heads", "heads", "n_head", "nhead", "num_attention_heads"):
-            heads = getattr(self._stack.top, name, None)
-            if isinstance(heads, int):
-                return heads
+    def _record(self, sighting: Sighting) -> None:
+        running, known = self._stack.running, self._pass
+        top = running[-1].module  # the tracer is active only while a module runs
+        self._refresh()
+        known.seen.add(top)
+        name = f"{self._name(top)}.{sighting.submodule}" if sighting.submodule else self._name(top)
+        if sighting.source is None:
+            return self._gap(name, sighting.reason, sighting.serials)
+        if sighting.unbatched and known.image_size and sighting.source.shape[2:] == (known.images, known.images):
+            return self._gap(name, _ACROSS_IMAGES.format(known.images), sighting.serials)
+        if self._seen_before(name, sighting):
+            return None
+        parts: list[str] = []
+        if isinstance(sighting.source, Combination):
+            parts = [key for key, serials in known.mapped.items() if serials < sighting.serials]
+        attention = self._map(parts[0] if parts else "", name, sighting, running)
+        for key in parts:
+            del self.maps[key], known.mapped[key]
+            if self.verification is not None:
+                self.verification.errors.pop(key, None)
+        self.maps[attention.name] = attention
+        known.mapped[attention.name] = sighting.serials
+        if self.verification is not None and sighting.product is not None:
+            self._verify(self.verification, attention, sighting.product)
         return None
+
+    def _seen_before(self, name: str, sighting: Sighting) -> bool:
+        """Whether this is a map of the same layer that multiplies further values."""
+        for key, serials in self._pass.mapped.items():
+            if serials == sighting.serials and key.partition("#")[0] == name and sighting.origin is None:
+                known = self.maps[key]
+                return known.source is sighting.source and known.mix is sighting.mix
+        return False
+
+    def _map(self, whole_of: str, name: str, sighting: Sighting, running: list[Running]) -> AttentionMap:
+        known, source = self._pass, sighting.source
+        assert source is not None
+        what = kind(sighting, running)
+        layout = TokenLayout()
+        if what in _KEYS_ARE_TOKENS:
+            layout = token_layout([item.module for item in running], source.shape[3], known.image_size)
+            if meaning(running).shuffled:
+                layout = TokenLayout(layout.prefix_tokens)
+        key = whole_of or _unused(name, self.maps.keys() | self.not_captured.keys())
+        cut = partition(running, self._tracer.cut.words if sighting.windows > 1 else "")
+        return AttentionMap(key, what, layout, source, sighting.mix, sighting.origin, sighting.windows, cut)
+
+    def _verify(self, verification: Verification, attention: AttentionMap, product: Product) -> None:
+        """Check a map against the model's own product; one that does not agree is none."""
+        error = product_error(attention, product)
+        verification.errors[attention.name] = error
+        if not error <= tolerance(product):
+            failure = f"map times values differs from the model's own product by {error:.1e} of its largest entry"
+            verification.failures.append(f"{attention.name}: {failure}")
+            del self.maps[attention.name]
+            self._gap(attention.name, failure, self._pass.mapped.pop(attention.name))
+
+
+@dataclass
+class _Pass:
+    """What is known of the running pass.
+
+    Attributes:
+        images: images in the batch; None where the inputs do not tell.
+        image_size: height and width of the images, where they are images.
+        seen: modules in which attention was seen.
+        mapped: layer -> the softmaxes and kernels in its map.
+        named: those that are listed with a reason.
+    """
+
+    images: int | None = None
+    image_size: tuple[int, int] | None = None
+    seen: set[nn.Module] = field(default_factory=set)
+    mapped: dict[str, frozenset[int]] = field(default_factory=dict)
+    named: set[int] = field(default_factory=set)
 
 
 @contextlib.contextmanager
-def capture(model: nn.Module) -> Iterator[Captured]:
+def capture(model: nn.Module, verify: bool = False) -> Iterator[Captured]:
     """Capture every layer's attention map while the block lasts; outputs stay bit for bit what they were.
 
     Maps are exact: what multiplied the values, up to the kernel's own rounding. A layer whose map cannot be known is
@@ -137,6 +223,9 @@ def capture(model: nn.Module) -> Iterator[Captured]:
     Args:
         model: any torch model with softmax attention. A model compiled with `torch.compile` is run eagerly inside the
             block, with a warning, because compiled code cannot be observed.
+        verify: check every map against the model's own product with the values, and that every softmax and attention
+            kernel that ran is captured or named: see ``captured.verification``. A map that does not agree is listed in
+            ``captured.not_captured`` instead. Costs about as much as computing attention once more.
 
     Yields:
         A :class:`Captured` whose maps belong to the last forward pass of the model in this thread.
@@ -154,7 +243,7 @@ def capture(model: nn.Module) -> Iterator[Captured]:
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"capture() takes an nn.Module, not {type(model).__name__}. Load it with load_model() first.")
-    captured = Captured(model)
+    captured = Captured(model, verify)
     with contextlib.ExitStack() as stack:
         if _is_compiled(model):
             warnings.warn("The model is compiled; it runs eagerly while its attention is captured.", stacklevel=3)
@@ -163,6 +252,26 @@ def capture(model: nn.Module) -> Iterator[Captured]:
         stack.callback(captured._close)
         stack.enter_context(captured._tracer)
         yield captured
+
+
+def _batch(module: nn.Module, inputs: list[Any]) -> tuple[int | None, tuple[int, int] | None]:
+    """How many images a pass is given, and their height and width where they are images."""
+    tensors = [tensor for item in inputs for tensor in _tensors(item) if tensor.ndim and not tensor.is_nested]
+    first = next((tensor for tensor in tensors if tensor.ndim >= 3), tensors[0] if tensors else None)
+    if first is None:
+        return None, None
+    if first.ndim == 4:
+        return first.shape[0], (first.shape[2], first.shape[3])
+    sequences_first = any(getattr(part, "batch_first", True) is False for part in module.modules())
+    if first.ndim == 2:  # one sequence, or several vectors
+        return None, None
+    return first.shape[int(sequences_first)], None
+
+
+def _tensors(item: Any) -> list[Tensor]:
+    if isinstance(item, Mapping):
+        return [tensor for value in item.values() for tensor in _tensors(value)]
+    return [item] if isinstance(item, Tensor) else []
 
 
 def _is_compiled(model: nn.Module) -> bool:

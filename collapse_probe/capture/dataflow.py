@@ -8,15 +8,15 @@ and outputs exactly as they are, and needs no cooperation of the model:
   normaliser;
 - the native encoder layer brings its input and its weights, from which queries and keys follow;
 - an explicit softmax is followed through reshapes, dropout, head mixing and normalisation to the batched product whose
-  left operand it is. Scores that came from a batched product of queries and keys, scaled and biased, make the map lazy;
-  where something happens that is not understood, the tensor that multiplied the values is kept instead;
+  operand it is. Scores that came from a product of queries and keys, scaled, biased and mixed, make the map lazy; where
+  something happens that is not understood, the tensor that multiplied the values is kept instead;
+- two maps that multiplied the same values and whose outputs are added or subtracted are one map;
 - a softmax that never reaches a product is reported, so that nothing is missed in silence.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,86 +26,69 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from collapse_probe.capture.attention_map import HeadMix, QueryKey, Source, Stored
-from collapse_probe.capture.head_mixing import head_mix
-from collapse_probe.capture.kernels import (
-    NATIVE,
-    Heads,
-    Sighting,
-    four_axes,
-    fused_sighting,
-    is_fused_attention,
-    native_sighting,
-    shrunk,
-)
+from collapse_probe.capture.attention_map import Source
+from collapse_probe.capture.axes import Site, arrangement
+from collapse_probe.capture.hooks import Running
+from collapse_probe.capture.kernels import NATIVE, fused_sighting, is_fused_attention, native_sighting
 from collapse_probe.capture.operators import (
     arrives_whole,
     as_number,
+    autocast_within,
+    keeps_order,
     memory_key,
     run_parts,
     storage_of,
     tensors_in,
     written_storages,
 )
+from collapse_probe.capture.scores import ADD, DIVIDE, MULTIPLY, SUBTRACT, Scores, Term
+from collapse_probe.capture.sighting import Product, Sighting
+from collapse_probe.capture.weights import Weights, stored
+from collapse_probe.capture.windows import WindowCut
 
 aten = torch.ops.aten
 
-
-@dataclass(frozen=True)
-class _Scores:
-    """Logits on their way to a softmax: `scale * q k^T + bias`, q `[N, Q, D]`, k `[N, D, K]`."""
-
-    shape: tuple[int, ...]
-    q: Tensor
-    k: Tensor
-    scale: float = 1.0
-    bias: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class _Weights:
-    """A softmax on its way to the values.
-
-    Attributes:
-        serial: which softmax.
-        shape: of the tensor that is followed.
-        softmax: the softmax itself, an own copy or its ingredients.
-        mix: what was applied over heads.
-        transposed: whether queries and keys have changed places.
-        lossy: whether something was applied that only the tensor itself can tell.
-    """
-
-    serial: int
-    shape: tuple[int, ...]
-    softmax: Source
-    mix: HeadMix | None = None
-    transposed: bool = False
-    lossy: bool = False
-
-
-_Node = _Scores | _Weights
-_Emit = Callable[[Sighting], None]
-
-_SHAPES = {
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.expand.default,
-    aten.alias.default,
-    aten.detach.default,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.lift_fresh.default,
-    aten._to_copy.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
+_LOGARITHMS = {aten._log_softmax.default, aten._log_softmax.out, aten.log_softmax.int_out}
+_SOFTMAX = {
+    aten._softmax.default,
+    aten._softmax.out,
+    aten.softmax.int_out,
+    aten._safe_softmax.default,
+    *_LOGARITHMS,
 }
-_SOFTMAX = {aten._softmax.default, aten._safe_softmax.default}
-_PRODUCTS = {aten.bmm.default}
-_MULTIPLY = {aten.mul.Tensor, aten.mul.Scalar, aten.mul_.Tensor}
-_DIVIDE = {aten.div.Tensor, aten.div_.Tensor, aten.div.Scalar}
-_ADD = {aten.add.Tensor, aten.add_.Tensor}
+_PRODUCTS = {
+    **dict.fromkeys((aten.bmm.default, aten.bmm.out, aten.mm.default, aten.mm.out), (0, 1)),
+    aten.baddbmm.default: (1, 2),
+}
+
+
+@dataclass(frozen=True)
+class _Output:
+    """What came out of a product with the values, times a number: it may meet another map's output."""
+
+    shape: tuple[int, ...]
+    sighting: Sighting
+    values: tuple[Any, ...]
+    factor: float = 1.0
+
+    def rests_on(self, _storages: set[int]) -> bool:
+        return False
+
+    def step(self, position: int, func: Any, args: Any, kwargs: dict[str, Any], out: Tensor) -> _Output | None:
+        """After an operator that scales or reshapes; None after any other."""
+        if func in MULTIPLY or (func in DIVIDE and position == 0):
+            factor = as_number(args[1 - position])
+            if factor is None or kwargs:
+                return None
+            return replace(self, factor=self.factor / factor if func in DIVIDE else self.factor * factor)
+        if position == 0 and keeps_order(func, args, out):
+            return replace(self, shape=tuple(out.shape))
+        return None
+
+
+_Node = Scores | Weights | _Output
+_Followed = list[tuple[_Node, int]]
+_Emit = Callable[[Sighting], None]
 
 
 class AttentionTracer(TorchDispatchMode):
@@ -117,63 +100,114 @@ class AttentionTracer(TorchDispatchMode):
     Args:
         emit: receives each :class:`Sighting` at the moment of its product with the values.
         where: the running module of the model under observation, or None; elsewhere operators pass untouched.
-        heads: answers how many heads that module has, or None; asked only where heads are folded into the batch axis.
+        site: answers what is known of the place where attention runs.
+        parameters: storages of the model's parameters; products with them are linear layers.
+        keep_values: whether a map that consists of several is reported with its product, for which values must live on.
+
+    Attributes:
+        ran: serial numbers of all softmaxes and attention kernels that ran, counted before any is looked at.
+        unfinished: softmax -> (module, what is known of it), for those that have not multiplied values so far.
+        cut: how the running features were cut into windows last.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self, emit: _Emit, where: Callable[[], nn.Module | None], heads: Heads) -> None:
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """That this mode only watches: `flex_attention` compiles itself and refuses to where other modes are active."""
+        return True
+
+    def __init__(
+        self,
+        emit: _Emit,
+        where: Callable[[], Running | None],
+        site: Callable[[], Site],
+        parameters: set[int],
+        keep_values: bool = False,
+    ) -> None:
         super().__init__()
-        self._emit, self._where, self._heads = emit, where, heads
+        self._keep_values = keep_values
+        self._emit, self._where, self._site, self._parameters = emit, where, site, parameters
         self._nodes: dict[tuple[Any, ...], tuple[StorageWeakRef, _Node]] = {}
+        # Weak references keep addresses from being used again, so that what was copied can be told.
+        self._copies: dict[int, tuple[StorageWeakRef, StorageWeakRef, tuple[Any, ...]]] = {}
         self._serials = itertools.count()
+        self.ran: set[int] = set()
         self.unfinished: dict[int, tuple[nn.Module, str]] = {}
+        self.cut = WindowCut()
 
     def reset(self) -> None:
-        """Forget every tensor that is being followed."""
-        self._nodes.clear()
-        self.unfinished.clear()
+        """Forget everything of the last pass."""
+        for record in (self._nodes, self._copies, self.ran, self.unfinished):
+            record.clear()
+        self.cut = WindowCut()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if self._where() is None:
+        running = self._where()
+        if running is None:
             return func(*args, **kwargs)
         if not isinstance(func, torch._ops.OpOverload):
             out = func(*args, **kwargs)
             if "attention" in str(func):
-                self._emit(Sighting(reason=f"{func} is a kernel of its own that shows neither logits nor map"))
+                reason = f"{func} is a kernel of its own that shows neither logits nor map"
+                self._emit(Sighting(frozenset({self._ran()}), reason=reason))
             return out
         if arrives_whole(func, args):
             # Under inference mode composite operators arrive whole; run their own parts, which is what they would do.
             with self:
                 return run_parts(func, args, kwargs)
-        found = self._followed(args) if self._nodes else None
-        out = func(*args, **kwargs)
+        attends = is_fused_attention(func) or func in NATIVE or func in _SOFTMAX
+        serial = self._ran() if attends else None
+        found = self._followed(args) if self._nodes else []
+        with autocast_within(running.autocast if func in NATIVE else ()):
+            out = func(*args, **kwargs)
         try:
-            self._observe(found, func, args, kwargs, out)
+            self._observe(serial, found, func, args, kwargs, out)
         except Exception as error:
             self._nodes.clear()
-            self._emit(Sighting(reason=f"its operators could not be followed ({type(error).__name__}: {error})"))
+            reason = f"its operators could not be followed ({type(error).__name__}: {error})"
+            self._emit(Sighting(frozenset() if serial is None else frozenset({serial}), reason=reason))
         return out
 
-    def _observe(self, found: tuple[_Node, int] | None, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
-        node, position = found or (None, 0)
-        if is_fused_attention(func):
-            self._emit(fused_sighting(func, args, kwargs, out, self._heads))
-        elif func in NATIVE:
-            self._emit(native_sighting(func, args, kwargs))
-        elif func in _PRODUCTS and self._product(args[0], args[1], out):
-            pass
-        elif func in _SOFTMAX:
-            self._softmax(node, args[0], args[1], out)
-        else:
-            following = None if node is None else _step(node, position, func, args, kwargs, out)
-            if func._schema.is_mutable and self._nodes:
-                self._invalidate(written_storages(func, args, kwargs))
-            if following is not None:
-                self._follow(out[0] if isinstance(out, (tuple, list)) else out, following)
+    def _running(self) -> Running:
+        running = self._where()
+        assert running is not None  # operators are looked at only while a module runs
+        return running
+
+    def _ran(self) -> int:
+        serial = next(self._serials)
+        self.ran.add(serial)
+        return serial
+
+    def _observe(
+        self, serial: int | None, found: _Followed, func: Any, args: Any, kwargs: dict[str, Any], out: Any
+    ) -> None:
+        if func._schema.is_mutable and self._nodes and (serial is not None or func in _PRODUCTS):
+            self._invalidate(written_storages(func, args, kwargs))
+        if serial is not None:
+            if is_fused_attention(func):
+                sighting = fused_sighting(serial, func, args, kwargs, out, self._site())
+                self._seen(sighting, args[2] if len(args) > 2 else kwargs.get("value"), out[0])
+            elif func in NATIVE:
+                with autocast_within(self._running().autocast):
+                    sighting = native_sighting(serial, func, args, kwargs, out)
+                self._emit(sighting)
+            else:
+                self._softmax(serial, func, found, args[0], args[1], out)
+            return
+        if func in _PRODUCTS and self._product(found, func, args, kwargs, out):
+            return
+        self.cut.see(func, args)
+        if func is aten.clone.default:
+            self._copied(args[0], out)
+        following = self._step(found, func, args, kwargs, out)
+        if func._schema.is_mutable and self._nodes:
+            self._invalidate(written_storages(func, args, kwargs))
+        if following is not None:
+            self._follow(out[0] if isinstance(out, (tuple, list)) else out, following)
 
     # -- following tensors -------------------------------------------------------------------------------------------
 
@@ -181,157 +215,188 @@ class AttentionTracer(TorchDispatchMode):
         entry = self._nodes.get(memory_key(tensor))
         return None if entry is None else entry[1]
 
-    def _followed(self, args: tuple[Any, ...]) -> tuple[_Node, int] | None:
-        """The first followed tensor among the arguments and where it stands; -1 within a list."""
+    def _followed(self, args: tuple[Any, ...]) -> _Followed:
+        """The followed tensors among the arguments and where they stand; -1 within a list."""
+        found: _Followed = []
         for position, argument in enumerate(args):
             for tensor in tensors_in(argument):
                 node = self._node(tensor)
                 if node is not None:
-                    return node, position if tensor is argument else -1
-        return None
+                    found.append((node, position if tensor is argument else -1))
+        return found
 
     def _follow(self, tensor: Tensor, node: _Node) -> None:
         self._nodes[memory_key(tensor)] = (StorageWeakRef(tensor.untyped_storage()), node)
 
     def _forget_freed(self) -> None:
         self._nodes = {key: entry for key, entry in self._nodes.items() if not entry[0].expired()}
+        self._copies = {key: entry for key, entry in self._copies.items() if not entry[0].expired()}
+
+    def _copied(self, tensor: Tensor, copy: Tensor) -> None:
+        own, source = (StorageWeakRef(item.untyped_storage()) for item in (copy, tensor))
+        self._copies[storage_of(copy)] = own, source, memory_key(tensor)
+
+    def _content(self, tensor: Tensor) -> tuple[Any, ...]:
+        """What tells a tensor's content from others: its memory, or that of which it is a copy."""
+        entry = self._copies.get(storage_of(tensor))
+        return memory_key(tensor) if entry is None or entry[0].expired() else entry[2]
 
     def _invalidate(self, written: Iterable[int]) -> None:
-        """Memory was written to, perhaps through a view: scores made of it are no longer known, weights are lossy."""
-        written = set(written)
+        """Memory was written to, perhaps through a view: what was made of it is no longer known by its ingredients."""
+        storages = set(written)
         nodes: dict[tuple[Any, ...], tuple[StorageWeakRef, _Node]] = {}
         for key, (reference, node) in self._nodes.items():
-            if isinstance(node, _Weights):
-                nodes[key] = (reference, replace(node, lossy=True) if key[0] in written else node)
-            elif not written & {key[0], storage_of(node.q), storage_of(node.k)}:
+            own = key[0] in storages
+            if isinstance(node, Weights):
+                nodes[key] = (reference, replace(node, lossy=True) if own else node)
+            elif isinstance(node, Scores):
+                nodes[key] = (reference, node.without_numbers() if own or node.rests_on(storages) else node)
+            elif not own:
                 nodes[key] = (reference, node)
         self._nodes = nodes
 
+    def _step(self, found: _Followed, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> _Node | None:
+        """What becomes of followed tensors under an operator; None where they are lost."""
+        result = out[0] if isinstance(out, (tuple, list)) and out else out
+        if not found or not isinstance(result, Tensor):
+            return None
+        if func is aten.copy_.default:  # what was there is gone, what is copied goes on
+            copied = next((node for node, position in found if position == 1), None)
+            return copied if copied is not None and copied.shape == tuple(result.shape) else None
+        outputs = [node for node, _ in found if isinstance(node, _Output)]
+        if len(outputs) == 2:
+            return self._met(outputs[0], outputs[1], func, kwargs, result)
+        weights = [(node, position) for node, position in found if isinstance(node, Weights)]
+        if not weights:
+            node, position = found[0]
+            return node.step(position, func, args, kwargs, result)
+        # A map of tokens outranks a gate that it meets.
+        (first, position), *others = sorted(weights, key=lambda item: item[0].contraction is None)
+        after = first.step(position, func, args, kwargs, out)
+        return None if after is None else after.joined([other for other, _ in others])
+
     # -- the operators that matter -----------------------------------------------------------------------------------
 
-    def _product(self, left: Tensor, right: Tensor, out: Tensor) -> bool:
-        """A batched product is a map times values, queries times keys, or something that happens to either."""
+    def _product(self, found: _Followed, func: Any, args: Any, kwargs: dict[str, Any], out: Tensor) -> bool:
+        """A product is a map times values, queries times keys, or something that happens to either."""
+        left, right = (args[position] for position in _PRODUCTS[func])
         for operand, applied in ((left, left), (right, right.mT)):
             node = self._node(operand)
-            if isinstance(node, _Weights) and tuple(applied.shape[-2:]) == node.softmax.shape[2:]:
-                self.unfinished.pop(node.serial, None)
-                straight = node.transposed == (operand is right) and not node.lossy
-                self._emit(Sighting(node.softmax, node.mix) if straight else self._kept(node, applied))
+            if isinstance(node, Weights) and node.multiplies(applied):
+                values, output = (right, out) if operand is left else (left.mT, out.mT)
+                if func is aten.baddbmm.default:
+                    output = (output - args[0] * kwargs.get("beta", 1)) / kwargs.get("alpha", 1)
+                self._applied(node, applied, operand is right, values, output)
                 return True
-        if isinstance(self._node(left), _Weights) or isinstance(self._node(right), _Weights):
+            if isinstance(node, Weights) and operand is left and node.multiplies_grouped(applied):
+                self._applied_grouped(node, applied, right, out)
+                return True
+        if any(isinstance(node, Weights) or (isinstance(node, Scores) and node.mixing.heads_last) for node, _ in found):
+            return False
+        if left.ndim == 2 and self._parameters & {storage_of(left), storage_of(right)}:
             return False
         self._forget_freed()
-        self._follow(out, _Scores(tuple(out.shape), left.detach(), right.detach()))
+        self._follow(out, self._scores(func, args, kwargs, left.detach(), right.detach(), out))
         return True
 
-    def _softmax(self, node: _Node | None, logits: Tensor, dim: int, out: Tensor) -> None:
-        if logits.ndim < 3:
-            return
-        serial, module = next(self._serials), self._where()
-        assert module is not None
-        axis = dim % logits.ndim
-        self.unfinished[serial] = (
-            module,
-            f"a softmax over axis {axis} of {list(logits.shape)} was not seen to multiply values",
+    @staticmethod
+    def _scores(func: Any, args: Any, kwargs: dict[str, Any], left: Tensor, right: Tensor, out: Tensor) -> Scores:
+        shape = tuple(out.shape)
+        scores = Scores(shape, shape[:-2], (shape[-2], shape[-1]), left.shape[-1], left, right)
+        if func is aten.baddbmm.default:
+            beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
+            biases = () if beta == 0 else (Term(args[0].detach() * beta, shape[:-2]),)
+            return replace(scores, scale=float(alpha), biases=biases)
+        return scores
+
+    def _applied(self, node: Weights, applied: Tensor, right: bool, values: Tensor, output: Tensor) -> None:
+        """Weights multiplied values: a map."""
+        for serial in node.serials:
+            self.unfinished.pop(serial, None)
+        axes = node.arrangement(applied, self._site())
+        sighting = Sighting(
+            node.serials,
+            node.softmax,
+            node.mixing.mix,
+            windows=axes.windows,
+            contraction=node.contraction,
+            unbatched=applied.ndim == 2,
+            product=Product(values.detach(), output.detach(), axes),
         )
-        if axis != logits.ndim - 1:
+        if not node.straight(right):
+            # Only the operand itself can tell what multiplied the values.
+            sighting = replace(sighting, source=stored(applied, axes), mix=None, origin=node.softmax)
+        self._seen(sighting, values, output)
+
+    def _applied_grouped(self, node: Weights, applied: Tensor, values: Tensor, output: Tensor) -> None:
+        """Weights multiplied the values of one key head for several query heads, whose queries stand as one axis."""
+        for serial in node.serials:
+            self.unfinished.pop(serial, None)
+        queries, keys = node.axes
+        group = applied.shape[-2] // queries
+        lead = (*node.merged_lead(group), queries, keys)[:-2]
+        axes = arrangement(lead, self._site())
+        kept = stored(applied.reshape(*lead, queries, keys), axes)
+        values = values.detach()[..., None, :, :].expand(*values.shape[:-2], group, *values.shape[-2:])
+        product = Product(values.flatten(0, -3), output.detach().reshape(-1, queries, output.shape[-1]), axes)
+        softmax = stored(node.softmax.rows(0, queries).reshape(*lead, queries, keys), axes) if node.lossy else None
+        sighting = Sighting(node.serials, kept, None, softmax, axes.windows, node.contraction, product=product)
+        self._emit(sighting)
+
+    def _seen(self, sighting: Sighting, values: Any, output: Tensor) -> None:
+        self._emit(sighting)
+        if isinstance(values, Tensor) and sighting.source is not None and sighting.contraction is not None:
+            known = sighting if self._keep_values else replace(sighting, product=None)
+            self._follow(output, _Output(tuple(output.shape), known, self._content(values)))
+
+    def _met(self, one: _Output, other: _Output, func: Any, kwargs: dict[str, Any], out: Tensor) -> _Output | None:
+        """Two outputs were added or subtracted: one map, if both multiplied the same values."""
+        if func not in ADD | SUBTRACT or kwargs or one.values != other.values or one.shape != other.shape:
+            return None
+        sign = -1.0 if func in SUBTRACT else 1.0
+        combined = one.sighting.combined(one.factor, other.sighting, sign * other.factor, out.detach())
+        if combined is None:
+            return None
+        self._emit(combined)
+        return _Output(tuple(out.shape), combined, one.values)
+
+    def _softmax(self, serial: int, func: Any, found: _Followed, logits: Tensor, dim: int, out: Tensor) -> None:
+        module = self._running().module
+        axis = dim % max(1, logits.ndim)
+        scores = next((node for node, _ in found if isinstance(node, Scores)), None)
+        row = scores is None and logits.ndim < 3  # one row for each image
+        if row:
+            reason = ""  # a classifier's probabilities, unless they meet values
+        elif scores is None:
+            reason = f"a softmax over axis {axis} of {list(logits.shape)} that compares no queries with keys: a gate"
+        else:
+            reason = f"a softmax over axis {axis} of {list(logits.shape)} was not seen to multiply values"
+        self.unfinished[serial] = (module, reason)
+        transposed = axis == logits.ndim - 2
+        if row and transposed:
             return
+        if logits.ndim < 2 or axis < logits.ndim - 2 or (scores is not None and scores.mixing.heads_last):
+            return
+        shape = tuple(logits.shape)
+        whole = scores is not None and scores.known and scores.shape == shape and shape[-2:] == scores.axes
+        lead = scores.lead if scores is not None and whole else shape[:-2]
+        axes = arrangement(lead, self._site())
         source: Source | None = None
-        if isinstance(node, _Scores) and node.shape == tuple(logits.shape):
-            source = _query_key(node, self._heads)
+        if scores is not None and whole:
+            source = scores.query_key(axes, transposed)
+        logarithm = func in _LOGARITHMS
+        if row:
+            lead, axes, out = shape[:1], arrangement(shape[:1], Site(shape[0])), out[:, None]
         if source is None:  # an own copy, because what comes next may write to it
-            source = Stored(four_axes(out.detach(), self._heads).clone())
-        self._follow(out, _Weights(serial, tuple(out.shape), source))
-
-    def _kept(self, node: _Weights, operand: Tensor) -> Sighting:
-        """The operand itself is kept, because only it can tell what multiplied the values."""
-        applied = operand.detach()
-        if applied.numel() == math.prod(node.softmax.shape):
-            applied = applied.reshape(node.softmax.shape)
-        applied = four_axes(applied, self._heads).clone(memory_format=torch.contiguous_format)
-        return Sighting(Stored(applied), origin=node.softmax)
-
-
-def _step(node: _Node, position: int, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> _Node | None:
-    """What becomes of a followed tensor under an operator, or None where it is lost."""
-    result = out[0] if isinstance(out, (tuple, list)) and out else out
-    if not isinstance(result, Tensor):
-        return None
-    if isinstance(node, _Scores):
-        return _scores_step(node, position, func, args, kwargs, result)
-    return _weights_step(node, position, func, args, kwargs, out)
-
-
-def _scores_step(
-    node: _Scores, position: int, func: Any, args: Any, kwargs: dict[str, Any], out: Tensor
-) -> _Scores | None:
-    shape = tuple(out.shape)
-    if position == 0 and _keeps_order(func, args, out):
-        return replace(node, shape=shape)
-    if shape != node.shape or position not in (0, 1) or len(args) < 2:
-        return None
-    other = args[1 - position]
-    if func in _MULTIPLY or (func in _DIVIDE and position == 0 and not kwargs):
-        factor = as_number(other)
-        if factor is None:
-            return None
-        factor = 1 / factor if func in _DIVIDE else factor
-        return replace(node, scale=node.scale * factor, bias=None if node.bias is None else node.bias * factor)
-    if func in _ADD and isinstance(other, Tensor) and kwargs.get("alpha", 1) == 1:
-        own_axes = shape[-2:] == (node.q.shape[-2], node.k.shape[-1])
-        if not 2 <= other.ndim <= 4 or len(shape) != 4 or not own_axes or not other.is_floating_point():
-            return None
-        bias = shrunk(other)
-        return replace(node, bias=bias if node.bias is None else node.bias + bias)
-    return None
-
-
-def _weights_step(
-    node: _Weights, position: int, func: Any, args: Any, kwargs: dict[str, Any], out: Any
-) -> _Weights | None:
-    result = out[0] if isinstance(out, (tuple, list)) else out
-    shape = tuple(result.shape)
-    if position == 0:
-        if _keeps_order(func, args, result):
-            return replace(node, shape=shape)
-        if func is aten.transpose.int and {args[1] % len(shape), args[2] % len(shape)} == {
-            len(shape) - 2,
-            len(shape) - 1,
-        }:
-            return replace(node, shape=shape, transposed=not node.transposed)
-        if func is aten.native_dropout.default and not (args[2] and args[1] > 0):
-            return replace(node, shape=shape)
-        plain = not node.lossy and not node.transposed and node.shape == node.softmax.shape
-        mix = head_mix(node.shape, func, args, kwargs, out) if plain else None
-        if mix is not None:
-            return replace(node, shape=shape, mix=mix if node.mix is None else node.mix.then(mix))
-    # Anything that keeps every entry, or at least the map's own two axes, may still be on its way to the values.
-    axes = node.softmax.shape[2:]
-    if result.numel() == math.prod(node.softmax.shape) or shape[-2:] in (axes, axes[::-1]):
-        return replace(node, shape=shape, lossy=True)
-    return None
-
-
-def _keeps_order(func: Any, args: Any, out: Tensor) -> bool:
-    """Whether an operator only arranges the same entries, in the same order, under another shape."""
-    if func is aten.permute.default:
-        moved = [axis % args[0].ndim for axis in args[1]]
-        kept = [axis for axis in moved if args[0].shape[axis] > 1]
-        return kept == sorted(kept)
-    return func in _SHAPES and out.numel() == args[0].numel()
-
-
-def _query_key(node: _Scores, heads: Heads) -> QueryKey | None:
-    """Own copies of queries and keys with the heads where they belong; None where the scores were expanded since."""
-    q, k = node.q, node.k.mT
-    if node.shape[-2:] != (q.shape[1], k.shape[1]) or math.prod(node.shape[:-2]) != q.shape[0]:
-        return None
-    if len(node.shape) == 4:
-        batch, count = node.shape[:2]
-        q, k = q.reshape(batch, count, *q.shape[1:]), k.reshape(batch, count, *k.shape[1:])
-    elif node.bias is not None:
-        return None
-    else:
-        q, k = four_axes(q, heads), four_axes(k, heads)
-    contiguous = torch.contiguous_format
-    return QueryKey(q.clone(memory_format=contiguous), k.clone(memory_format=contiguous), node.scale, node.bias)
+            probabilities = out.exp() if logarithm else out
+            source = stored(probabilities.mT if transposed else probabilities, axes)
+        weights = Weights(
+            shape,
+            lead,
+            frozenset({serial}),
+            source,
+            None if scores is None else scores.contraction,
+            transposed=transposed,
+            logarithm=logarithm,
+        )
+        self._follow(out, weights)

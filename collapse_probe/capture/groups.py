@@ -1,4 +1,4 @@
-"""Layers whose maps may be compared with each other: same kind, heads, queries, keys and token layout."""
+"""Layers whose maps may be compared with each other: same kind, heads, queries, keys, tokens and partition."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collapse_probe.capture.attention_map import AttentionMap
 
 #: Kinds whose maps are captured and not compared across layers, and why.
 NOT_COMPARED = {
-    "window": "windowed attention: captured, and not compared across layers by this version",
     "channel": "channels attend to channels: captured, and left out of what is said of tokens",
+    "gate": "a softmax weights values without comparing queries with keys: captured, and left out of what is said of "
+    "tokens",
 }
 
 
@@ -25,5 +26,6 @@ def layer_groups(maps: Mapping[str, AttentionMap]) -> list[list[str]]:
             continue
         _, heads, queries, keys = attention.shape
         call = name.partition("#")[2]
-        groups.setdefault((attention.kind, heads, queries, keys, attention.layout, call), []).append(name)
+        key = (attention.kind, heads, queries, keys, attention.windows, attention.partition, attention.layout, call)
+        groups.setdefault(key, []).append(name)
     return list(groups.values())

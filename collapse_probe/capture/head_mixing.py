@@ -1,4 +1,4 @@
-"""Operators between softmax and values that mix heads: re-attention, talking heads.
+"""Operators before or after a softmax that mix heads: re-attention, talking heads.
 
 An operator that is affine over heads and alike at every (query, key) entry needs no map to be kept: it is folded into a
 :class:`HeadMix` and applied to whatever part of the map is asked for.
@@ -6,13 +6,14 @@ An operator that is affine over heads and alike at every (query, key) entry need
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from collapse_probe.capture.attention_map import HeadMix
-from collapse_probe.capture.operators import as_number, named_arguments
+from collapse_probe.capture.operators import as_number, keeps_order, named_arguments
 
 aten = torch.ops.aten
 
@@ -24,7 +25,60 @@ _BATCH_NORMS = {
     aten._batch_norm_with_update.default,
     aten._batch_norm_no_update.default,
 }
-_SCALINGS = {aten.mul.Tensor, aten.mul.Scalar, aten.mul_.Tensor}
+_SCALINGS = {aten.mul.Tensor, aten.mul.Scalar, aten.mul_.Tensor, aten.mul_.Scalar}
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """What was applied over the heads of a followed tensor, and where its heads are.
+
+    Attributes:
+        mix: the affine map over heads, or None where nothing was applied.
+        heads_last: whether the heads stand behind queries and keys, where a linear layer mixes them.
+    """
+
+    mix: HeadMix | None = None
+    heads_last: bool = False
+
+    def moved(self, func: Any, args: Any, out: Tensor) -> Mixing | None:
+        """After an operator that brings the heads to the end or back; None for any other."""
+        if func is aten.permute.default and args[0].ndim == 4:
+            axes = [axis % 4 for axis in args[1]]
+            if axes == ([0, 3, 1, 2] if self.heads_last else [0, 2, 3, 1]):
+                return replace(self, heads_last=not self.heads_last)
+        if self.heads_last and keeps_order(func, args, out) and out.shape[-1:] == args[0].shape[-1:]:
+            return self
+        return None
+
+    def step(
+        self, position: int, shape: tuple[int, ...], func: Any, args: Any, kwargs: dict[str, Any], out: Any
+    ) -> Mixing | None:
+        """After an operator that mixes heads, whose argument at `position` is followed; None for any other."""
+        found = None
+        if self.heads_last:
+            found = _linear_over_last(position, func, args, kwargs)
+        elif position == 0 and len(shape) == 4:
+            found = head_mix(shape, func, args, kwargs, out)
+        if found is None:
+            return None
+        return replace(self, mix=found if self.mix is None else self.mix.then(found))
+
+
+def _linear_over_last(position: int, func: Any, args: Any, kwargs: dict[str, Any]) -> HeadMix | None:
+    """A linear layer, or its bias alone, over the last axis."""
+    if kwargs:
+        return None
+    if position == 0 and (func is aten.mm.default or (func is aten.bmm.default and args[0].shape[0] == 1)):
+        weight = _wide(args[1]).reshape(args[1].shape[-2:]).T
+        return HeadMix(weight, torch.zeros_like(weight[:, 0]))
+    if position == 1 and func is aten.addmm.default and len(args) == 3 and args[0].ndim == 1:
+        return HeadMix(_wide(args[2]).T, _wide(args[0]))
+    if position == 0 and func in (aten.add.Tensor, aten.add_.Tensor) and isinstance(args[1], Tensor):
+        bias = args[1]
+        if bias.ndim == 1 and bias.shape == args[0].shape[-1:]:
+            wide = _wide(bias)
+            return HeadMix(torch.eye(len(wide), dtype=wide.dtype, device=wide.device), wide)
+    return None
 
 
 def head_mix(

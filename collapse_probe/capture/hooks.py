@@ -7,12 +7,41 @@ children would switch PyTorch's fused encoder kernel off and so change the very 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from collapse_probe.capture.operators import memory_key
+
+#: Modules with a fused path that a hook of their own would switch off.
+_NATIVE = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
+
+
+@dataclass(frozen=True)
+class Given:
+    """A tensor that a module was called with: its shape and what tells its memory from others."""
+
+    shape: tuple[int, ...]
+    memory: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Running:
+    """A module that is running.
+
+    Attributes:
+        module: the module.
+        inputs: the tensors among its positional arguments.
+        autocast: types of device on which autocast was on when it was called.
+    """
+
+    module: nn.Module
+    inputs: tuple[Given, ...]
+    autocast: tuple[str, ...] = ()
 
 
 class ModuleStack:
@@ -20,17 +49,21 @@ class ModuleStack:
 
     Args:
         model: the model to watch.
-        on_start: called with the inputs of the outermost module when a forward pass begins.
+        on_start: called when a forward pass begins, with the outermost module and its inputs. Where they come as
+            keywords it is called twice, first without them.
         on_end: called when that pass has ended, also by an exception.
     """
 
     def __init__(
-        self, model: nn.Module, on_start: Callable[[tuple[Any, ...]], None], on_end: Callable[[], None]
+        self,
+        model: nn.Module,
+        on_start: Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], None],
+        on_end: Callable[[], None],
     ) -> None:
         self.names = {module: name for name, module in model.named_modules()}
         self.ran: set[nn.Module] = set()
         self.elsewhere: set[nn.Module] = set()
-        self.running: list[nn.Module] = []
+        self.running: list[Running] = []
         self._model, self._on_start, self._on_end = model, on_start, on_end
         self._first: nn.Module | None = None
         self._thread = threading.get_ident()
@@ -42,6 +75,8 @@ class ModuleStack:
             register_module_forward_pre_hook(self._enter),
             register_module_forward_hook(self._leave, always_call=True),
         ]
+        if not isinstance(self._model, _NATIVE):  # only a hook of its own is given keywords
+            self._handles.append(self._model.register_forward_pre_hook(self._keywords, with_kwargs=True))
 
     def detach(self) -> None:
         """Stop watching; safe to call twice."""
@@ -50,7 +85,7 @@ class ModuleStack:
         self.running.clear()
 
     @property
-    def top(self) -> nn.Module | None:
+    def top(self) -> Running | None:
         """The innermost module that is running, or None outside the model."""
         return self.running[-1] if self.running else None
 
@@ -73,15 +108,25 @@ class ModuleStack:
         if not self.running and (module is self._model or self._first in (None, self._model, module)):
             self._first = module
             self.ran.clear()
-            self._on_start(inputs)
-        self.running.append(module)
+            self._on_start(module, inputs, {})
+        given = tuple(Given(tuple(item.shape), memory_key(item)) for item in inputs if _is_plain(item))
+        autocast = tuple(device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device))
+        self.running.append(Running(module, given, autocast))
         self.ran.add(module)
 
+    def _keywords(self, module: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
+        if keywords and self._watched(module) and len(self.running) == 1:
+            self._on_start(module, inputs, keywords)
+
     def _leave(self, module: nn.Module, _inputs: Any, _output: Any) -> None:
-        if not self._watched(module) or module not in self.running:
+        if not self._watched(module) or all(item.module is not module for item in self.running):
             return
         # Inner modules that were left by an exception have no post-hook of their own in every PyTorch version.
-        while self.running.pop() is not module:
+        while self.running.pop().module is not module:
             pass
         if not self.running:
             self._on_end()
+
+
+def _is_plain(item: Any) -> bool:
+    return isinstance(item, Tensor) and not item.is_nested

@@ -3,45 +3,64 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
-from collapse_probe.capture.attention_map import QueryKey, Source, TokenLayout
+from collapse_probe.capture.attention_map import TokenLayout
+
+#: More tokens than this in front of the patches are not taken for a class token and registers.
+_MOST_PREFIX_TOKENS = 32
+
+_Grid = tuple[int, int]
 
 
-def token_layout(model: nn.Module, keys: int, image_size: tuple[int, int] | None = None) -> TokenLayout:
-    """The layout of `keys` key tokens: from the model's own attributes (timm's `num_prefix_tokens`,
-    `patch_embed.patch_size`) where they fit, otherwise the one reading under which the patches form a square."""
-    stated = getattr(model, "num_prefix_tokens", None)
-    for prefix in (stated,) if isinstance(stated, int) else (0, 1):
-        grid = _grid(model, keys - prefix, image_size)
-        if grid is not None:
+def token_layout(modules: Sequence[nn.Module], keys: int, image_size: _Grid | None = None) -> TokenLayout:
+    """The layout of `keys` key tokens of one image.
+
+    The model's own attributes are asked first (timm's `num_prefix_tokens`, a patch size beside the size of the image);
+    otherwise it is the one reading under which the patches form a square.
+
+    Args:
+        modules: the model and the parts of it that are running, outermost first.
+        keys: number of key tokens.
+        image_size: height and width of the image in pixels, where known.
+    """
+    counts = (getattr(module, "num_prefix_tokens", None) for module in reversed(modules))
+    stated = next((count for count in counts if isinstance(count, int)), None)
+    grids = [grid for module in reversed(modules) for grid in _stated_grids(module, image_size)]
+    for grid in grids:
+        prefix = keys - math.prod(grid)
+        if (prefix == stated) if stated is not None else (0 <= prefix <= _MOST_PREFIX_TOKENS):
             return TokenLayout(prefix, grid)
-    return TokenLayout(stated if isinstance(stated, int) and stated < keys else 0)
+    for prefix in (0, 1) if stated is None else (stated,):
+        side = math.isqrt(max(keys - prefix, 0))
+        if side > 0 and side * side == keys - prefix:
+            return TokenLayout(prefix, (side, side))
+    return TokenLayout(stated if stated is not None and stated < keys else 0)
 
 
-def is_channel_attention(source: Source, owner: nn.Module, layout: TokenLayout) -> bool:
-    """Whether channels attend to channels (XCiT): the product of queries and keys ran over the tokens instead or, where
-    queries and keys are not known, the map is as large as a head is wide."""
-    embed = getattr(owner, "patch_embed", None)
-    patches = getattr(embed, "num_patches", None)
-    if not isinstance(patches, int):
-        return False
-    tokens = {patches, patches + layout.prefix_tokens}
-    _, heads, _, keys = source.shape
-    if isinstance(source, QueryKey):
-        return keys not in tokens and source.q.shape[-1] in tokens
-    return keys not in tokens and keys * heads == getattr(owner, "embed_dim", None)
+def _stated_grids(module: nn.Module, image_size: _Grid | None) -> list[_Grid]:
+    """Grids of patches that a module's attributes tell: by patch size and image size, or outright."""
+    found = []
+    for holder in (getattr(module, "patch_embed", None), module, getattr(module, "config", None)):
+        patch = _pair(getattr(holder, "patch_size", None))
+        if patch is not None and image_size is not None:
+            found.append((image_size[0] // patch[0], image_size[1] // patch[1]))
+        grid = _pair(getattr(holder, "grid_size", None))
+        if grid is not None:
+            found.append(grid)
+    return found
 
 
-def _grid(model: nn.Module, patches: int, image_size: tuple[int, int] | None) -> tuple[int, int] | None:
-    embed = getattr(model, "patch_embed", None)
-    patch = getattr(embed, "patch_size", None)
-    candidates = [getattr(embed, "grid_size", None)]
-    if image_size is not None and isinstance(patch, (tuple, list)) and len(patch) == 2 and all(patch):
-        candidates.insert(0, (image_size[0] // patch[0], image_size[1] // patch[1]))
-    for candidate in candidates:
-        if candidate is not None and len(candidate) == 2 and math.prod(candidate) == patches:
-            return int(candidate[0]), int(candidate[1])
-    side = math.isqrt(max(patches, 0))
-    return (side, side) if side > 0 and side * side == patches else None
+def _pair(value: Any) -> _Grid | None:
+    if isinstance(value, int) and value > 0:
+        return value, value
+    if (
+        isinstance(value, (tuple, list))
+        and len(value) == 2
+        and all(isinstance(item, int) and item > 0 for item in value)
+    ):
+        return value[0], value[1]
+    return None

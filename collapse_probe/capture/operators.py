@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+aten = torch.ops.aten
+
+_SHAPES = {
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten._reshape_alias.default,
+    aten.expand.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.lift_fresh.default,
+    aten._to_copy.default,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+}
+
+_AUTOCAST = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
 _BACKENDS = {"meta": "Meta"}
 _COMPOSITE: dict[tuple[Any, str], bool] = {}
 
@@ -26,7 +49,7 @@ def as_number(value: Any) -> float | None:
     if isinstance(value, (int, float)):
         return float(value)
     if isinstance(value, Tensor) and value.ndim == 0:
-        return float(value)
+        return math.nan if value.is_meta else float(value.detach())
     return None
 
 
@@ -39,8 +62,11 @@ def arrives_whole(func: Any, args: tuple[Any, ...]) -> bool:
     key = (func, tensor.device.type)
     if key not in _COMPOSITE:
         has = torch._C._dispatch_has_kernel_for_dispatch_key
-        own = has(func.name(), _BACKENDS.get(tensor.device.type, tensor.device.type.upper()))
-        _COMPOSITE[key] = has(func.name(), "CompositeImplicitAutograd") and not own
+        try:
+            own = has(func.name(), _BACKENDS.get(tensor.device.type, tensor.device.type.upper()))
+            _COMPOSITE[key] = has(func.name(), "CompositeImplicitAutograd") and not own
+        except RuntimeError:  # operators that the dispatcher does not know, such as those of fake tensors
+            _COMPOSITE[key] = False
     return _COMPOSITE[key]
 
 
@@ -83,3 +109,43 @@ def memory_key(tensor: Tensor) -> tuple[Any, ...]:
     if tensor.is_nested or tensor.layout is not torch.strided:
         return (id(tensor),)
     return (storage_of(tensor), tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()))
+
+
+def keeps_order(func: Any, args: Any, out: Tensor) -> bool:
+    """Whether an operator only arranges the same entries, in the same order, under another shape."""
+    if func is aten.permute.default:
+        moved = [axis % args[0].ndim for axis in args[1]]
+        kept = [axis for axis in moved if args[0].shape[axis] > 1]
+        return kept == sorted(kept)
+    if func is aten.transpose.int:
+        first, last = sorted(axis % args[0].ndim for axis in args[1:3])
+        return sum(size > 1 for size in args[0].shape[first : last + 1]) <= 1
+    return func in _SHAPES and out.numel() == args[0].numel()
+
+
+def swaps_last_axes(func: Any, args: Any) -> bool:
+    """Whether an operator makes the last two axes change places."""
+    axes = args[0].ndim
+    if func is aten.transpose.int:
+        return axes >= 2 and {args[1] % axes, args[2] % axes} == {axes - 2, axes - 1}
+    if func is aten.permute.default:
+        return axes >= 2 and [axis % axes for axis in args[1]] == [*range(axes - 2), axes - 1, axes - 2]
+    return func is aten.t.default
+
+
+def autocast_within(devices: Iterable[str]) -> contextlib.AbstractContextManager[Any]:
+    """Lets autocast reach the operators within a kernel, as it does where no dispatch mode is active.
+
+    PyTorch excludes autocast while a mode handles an operator, because its arguments were cast before; what a kernel
+    calls by itself was not.
+
+    Args:
+        devices: types of device on which autocast is on.
+    """
+    keys = [_AUTOCAST[device] for device in devices]
+    if not keys:
+        return contextlib.nullcontext()
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    for key in keys:
+        excluded = excluded.remove(key)
+    return torch._C._ForceDispatchKeyGuard(included, excluded)

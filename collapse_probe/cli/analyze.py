@@ -92,6 +92,12 @@ def analyze(
             help="Stop once the standard error of every neighbouring similarity is this small.", rich_help_panel=RUN
         ),
     ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify", help="Check the first batch: maps times values against the model's own.", rich_help_panel=RUN
+        ),
+    ] = False,
     threshold: Annotated[
         float,
         typer.Option(help="Similarity above which neighbouring blocks are called similar.", rich_help_panel=RESULT),
@@ -125,7 +131,7 @@ def analyze(
         "std": _numbers("--std", std), "crop_pct": crop_pct, "interpolation": interpolation, "batch_size": batch_size,
         "workers": workers, "num_samples": num_samples, "device": device, "amp": amp, "amp_dtype": amp_dtype,
         "seed": seed, "layers": layers or [], "attention": attention, "until_se": until_se, "threshold": threshold,
-        "nearest": nearest,
+        "nearest": nearest, "verify": verify,
     }  # fmt: skip
     with ProgressBar(quiet=quiet) as progress, warnings.catch_warnings():
         warnings.showwarning = lambda message, *_args, **_kwargs: progress.note(f"Warning: {message}")

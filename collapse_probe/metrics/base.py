@@ -12,7 +12,16 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from collapse_probe.errors import UsageError
-from collapse_probe.metrics.tiles import GroupShape, MapLike, Tile, as_maps, group_shape, image_blocks, tiles
+from collapse_probe.metrics.tiles import (
+    GroupShape,
+    MapLike,
+    Tile,
+    as_maps,
+    group_shape,
+    image_blocks,
+    image_count,
+    tiles,
+)
 
 Maps = Tensor | Sequence[Tensor | MapLike] | Mapping[str, MapLike]
 
@@ -29,6 +38,7 @@ class TileMetric(Metric):
     Args:
         prefix_tokens: leading key tokens that are not patches; only for maps given as tensors, since an
             `AttentionMap` knows its own.
+        windows: maps per image, side by side on the batch axis; only for maps given as tensors.
         tile_bytes: aimed-at size of the columns that are in memory at once; results do not depend on it.
         kwargs: passed to `torchmetrics.Metric`.
     """
@@ -39,9 +49,11 @@ class TileMetric(Metric):
     is_differentiable = False
     full_state_update = False
 
-    def __init__(self, *, prefix_tokens: int = 0, tile_bytes: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *, prefix_tokens: int = 0, windows: int = 1, tile_bytes: int | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        self.prefix_tokens, self.tile_bytes = prefix_tokens, tile_bytes
+        self.prefix_tokens, self.windows, self.tile_bytes = prefix_tokens, windows, tile_bytes
         self._group: GroupShape | None = None
         # A scalar zero is neutral under summation with a state of any shape: ranks without images merge.
         self.add_state("images", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
@@ -60,12 +72,12 @@ class TileMetric(Metric):
 
         Args:
             maps: the maps of L comparable layers: `[L, B, H, Q, K]`, a sequence of L tensors or `AttentionMap`s
-                `[B, H, Q, K]`, or a capture's `maps`.
+                `[B, H, Q, K]`, or a capture's `maps`. With W windows per image B counts windows.
 
         Raises:
             UsageError: the maps differ in shape among each other or from those of earlier batches.
         """
-        feed([self], as_maps(maps, self.prefix_tokens), self.tile_bytes)
+        feed([self], as_maps(maps, self.prefix_tokens, self.windows), self.tile_bytes)
 
     def compute(self) -> dict[str, Tensor]:
         """The readings: see the class."""
@@ -151,4 +163,4 @@ def feed(metrics: Sequence[TileMetric], maps: Sequence[MapLike], tile_bytes: int
                 for metric in metrics:
                     metric.see(tile)
             for metric in metrics:
-                metric.finish_block(block[0].shape[0])
+                metric.finish_block(image_count(block[0]))

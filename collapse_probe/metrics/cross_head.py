@@ -50,14 +50,14 @@ class CrossHeadSimilarity(TileMetric):
 
     def see(self, tile: Tile) -> None:
         columns = tile.columns
-        layers, images, heads, width, queries = columns.deviation.shape
+        layers, images, _, heads, _, queries = columns.deviation.shape
         # Heads side by side for one (layer, image, token): a copy, because heads and tokens change places.
-        flat = columns.deviation.transpose(2, 3).reshape(-1, heads, queries)
-        level = columns.level.transpose(2, 3).reshape(-1, heads)
+        flat = columns.deviation.transpose(3, 4).reshape(-1, heads, queries)
+        level = columns.level.transpose(3, 4).reshape(-1, heads)
         similarity = torch.addcmul(torch.bmm(flat, flat.mT), level[:, :, None], level[:, None, :]).clamp_(-1, 1)
-        values = similarity.view(layers, images, width, heads, heads).to(self.images.device).double().sum(2)
+        values = similarity.view(layers, images, -1, heads, heads).to(self.images.device).double().sum(2)
         exists = columns.exists.to(self.images.device).double()
-        counts = torch.einsum("lbgk,lbhk->lbgh", exists, exists)
+        counts = torch.einsum("lbwgk,lbwhk->lbgh", exists, exists)
         self._values = values if self._values is None else self._values + values
         self._counts = counts if self._counts is None else self._counts + counts
 
@@ -70,7 +70,7 @@ class CrossHeadSimilarity(TileMetric):
         self.matrix_sum += values.sum(1)
         self.matrix_counts += counts.sum(1)
         different = ~torch.eye(self.group.heads, dtype=torch.bool, device=values.device)
-        columns = max(1, int(different.sum()) * self.group.keys)
+        columns = max(1, int(different.sum()) * self.group.columns)
         pooled, weights = (item[..., different].sum(-1).T / columns for item in (values, counts))
         self.pair_moments += moments(pooled, weights)
 

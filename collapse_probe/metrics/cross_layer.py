@@ -45,8 +45,9 @@ class CrossLayerSimilarity(TileMetric):
 
     .. math:: M^{p,q}_{h,t} = \frac{\langle A^p_{h,:,t}, A^q_{h,:,t}\rangle}{|A^p_{h,:,t}|\,|A^q_{h,:,t}|}
 
-    `compute()` returns a dictionary of float64 tensors, with L layers, H heads, K keys; means pool images, heads and
-    tokens, and leave absent columns out:
+    `compute()` returns a dictionary of float64 tensors, with L layers, H heads, K key tokens of an image (of all its
+    windows, window by window, where attention stays within windows); means pool images, heads and tokens, and leave
+    absent columns out:
 
     - ``similarity`` `[L, L]`: mean M, in -1..1 (0..1 for probabilities);
     - ``centred`` `[L, L]`: mean cosine of the columns after subtracting their means (what uniform attention does not
@@ -60,6 +61,9 @@ class CrossLayerSimilarity(TileMetric):
       `[L, L, K]`, and ``image_independent_by_head`` / ``_by_token`` where all pairs were summed;
     - ``histogram`` `[L, L, bins]`: counts of M, 400 equal bins over -1..1;
     - ``zero_columns``, ``nonfinite_columns`` `[L]`: columns left out because they are zero or not finite.
+
+    Where a mask hides a key from some queries, these are zeros of its column: they count as variation, and the centred
+    similarity holds the mask's pattern, which the layers of a group share. M does not: zeros add nothing to a cosine.
 
     Images are taken in blocks of four in the order in which they come; pairs of images within complete blocks give the
     standard errors of the image-independent part and the excess, which are absent (NaN) below eight images.
@@ -106,10 +110,10 @@ class CrossLayerSimilarity(TileMetric):
         group = self.group
         if group is None:
             return True
-        return 8 * group.layers * group.heads * group.keys * group.queries <= self.pair_budget
+        return 8 * group.layers * group.heads * group.columns * group.queries <= self.pair_budget
 
     def state_shapes(self, group: GroupShape) -> dict[str, tuple[int, ...]]:
-        layers, heads, keys = group.layers, group.heads, group.keys
+        layers, heads, columns = group.layers, group.heads, group.columns
         pair = (layers, layers)
         reported = _reported(group)
         shapes: dict[str, tuple[int, ...]] = {
@@ -117,16 +121,16 @@ class CrossLayerSimilarity(TileMetric):
             "variation_moments": (5, reported, layers),
             "by_head": (2, heads, *pair),
             "by_head_counts": (2, heads, *pair),
-            "by_token": (2, keys, *pair),
-            "by_token_counts": (2, keys, *pair),
+            "by_token": (2, columns, *pair),
+            "by_token_counts": (2, columns, *pair),
             "pair_sums": (len(PairSums._fields), reported, *pair),
             "histogram": (layers * layers * HISTOGRAM_BINS + 1,),
             "zero_columns": (layers,),
             "nonfinite_columns": (layers,),
         }
         if self.all_pairs:
-            shapes["unit_sum"] = (layers, heads, keys, group.queries)
-            shapes["unit_level_sum"] = shapes["unit_counts"] = (layers, heads, keys)
+            shapes["unit_sum"] = (layers, heads, columns, group.queries)
+            shapes["unit_level_sum"] = shapes["unit_counts"] = (layers, heads, columns)
         return shapes
 
     # -- one tile ----------------------------------------------------------------------------------------------------
@@ -134,7 +138,7 @@ class CrossLayerSimilarity(TileMetric):
     def see(self, tile: Tile) -> None:
         columns = tile.columns
         deviation = columns.deviation
-        layers, images, heads, width, queries = deviation.shape
+        layers, images, windows, heads, width, queries = deviation.shape
         flat = deviation.reshape(layers, -1, queries).transpose(0, 1)
         centred = torch.bmm(flat, flat.mT)
         level = columns.level.reshape(layers, -1).T
@@ -144,31 +148,30 @@ class CrossLayerSimilarity(TileMetric):
         centred.mul_(inverse[:, :, None]).mul_(inverse[:, None, :]).clamp_(-1, 1)
 
         gathered = self._gathered = self._gathered or self._empty(images)
-        by_column = (images, heads, width, layers, layers)
+        by_column = (images, windows, heads, width, layers, layers)
         for reading, (values, exists) in enumerate(((similarity, columns.exists), (centred, defined))):
             self._add_reading(gathered, reading, tile, values.view(by_column), exists)
         self._add_variation(gathered, tile, columns.variation, columns.exists)
         self._add_histogram(similarity, columns.exists)
-        self.zero_columns += self._here((columns.finite & ~columns.exists).sum((1, 2, 3)))
-        self.nonfinite_columns += self._here((~columns.finite).sum((1, 2, 3)))
+        self.zero_columns += self._here((columns.finite & ~columns.exists).sum((1, 2, 3, 4)))
+        self.nonfinite_columns += self._here((~columns.finite).sum((1, 2, 3, 4)))
         self._add_pairs(gathered, tile)
 
     def _add_reading(self, gathered: _Gathered, reading: int, tile: Tile, values: Tensor, exists: Tensor) -> None:
         values = self._here(values)
-        tokens = slice(tile.start, tile.stop)
-        gathered.values[reading, tile.part] += values.sum((1, 2), dtype=torch.float64)
+        gathered.values[reading, tile.part] += values.sum((1, 2, 3), dtype=torch.float64)
         over_images = values.sum(0).double()  # a few images of one block; the sum over blocks is in float64
-        self.by_head[reading] += over_images.sum(1)
-        self.by_token[reading, tokens] += over_images.sum(0)
+        self.by_head[reading] += over_images.sum((0, 2))
+        self._of_tile(self.by_token[reading], 0, tile).add_(over_images.sum(1))
         by_image, by_head, by_token = _pair_counts(self._here(exists))
         gathered.counts[reading, tile.part] += by_image
         self.by_head_counts[reading] += by_head
-        self.by_token_counts[reading, tokens] += by_token
+        self._of_tile(self.by_token_counts[reading], 0, tile).add_(by_token)
 
     def _add_variation(self, gathered: _Gathered, tile: Tile, variation: Tensor, exists: Tensor) -> None:
         counted = variation.masked_fill(~exists, 0.0)
-        gathered.variation[tile.part] += self._wide(counted).sum((2, 3)).T
-        gathered.variation_counts[tile.part] += self._wide(exists).sum((2, 3)).T
+        gathered.variation[tile.part] += self._wide(counted).sum((2, 3, 4)).T
+        gathered.variation_counts[tile.part] += self._wide(exists).sum((2, 3, 4)).T
 
     def _add_histogram(self, similarity: Tensor, exists: Tensor) -> None:
         layers = similarity.shape[-1]
@@ -184,11 +187,14 @@ class CrossLayerSimilarity(TileMetric):
         """Sum unit columns over images, and multiply them between the images of a complete block."""
         columns = tile.columns
         layers, images = columns.level.shape[:2]
-        tokens = slice(tile.start, tile.stop)
         if self.all_pairs:
-            self.unit_sum[:, :, tokens] += self._here(columns.deviation.sum(1))
-            self.unit_level_sum[:, :, tokens] += self._here(columns.level.sum(1))
-            self.unit_counts[:, :, tokens] += self._here(columns.exists.sum(1))
+            for state, values in (
+                (self.unit_sum, columns.deviation),
+                (self.unit_level_sum, columns.level),
+                (self.unit_counts, columns.exists),
+            ):
+                over_images = self._here(values.sum(1)).transpose(1, 2)  # [L, H, W, k, ...]
+                self._of_tile(state, 2, tile).add_(over_images)
         if images == BLOCK:
             for target, parts in (
                 (gathered.crossed, (columns.deviation, columns.level)),
@@ -206,7 +212,7 @@ class CrossLayerSimilarity(TileMetric):
         assert gathered is not None
         assert self.group is not None
         self._gathered = None
-        columns = self.group.heads * self.group.keys  # divides sums, so that moments stay of the order of 1
+        columns = self.group.heads * self.group.columns  # divides sums, so that moments stay of the order of 1
         for reading in range(2):
             values, counts = _with_total(gathered.values[reading], 0), _with_total(gathered.counts[reading], 0)
             self.reading_moments[reading] += moments(values.transpose(0, 1) / columns, counts.transpose(0, 1) / columns)
@@ -290,8 +296,10 @@ class CrossLayerSimilarity(TileMetric):
         numerator = products.sum(2) - self.by_token[0].permute(1, 2, 0)
         denominator = pairs.sum(2) - self.by_token_counts[0].permute(1, 2, 0)
         edges = (self.group.prefix_tokens,) if self.group.parts == 2 else ()
+        by_window = (self.group.windows, self.group.keys)
         split = [
-            torch.stack([part.sum(-1) for part in total.tensor_split(edges, -1)]) for total in (numerator, denominator)
+            torch.stack([part.sum((-1, -2)) for part in total.unflatten(-1, by_window).tensor_split(edges, -1)])
+            for total in (numerator, denominator)
         ]
         return _ratio(_with_total(split[0], 0), _with_total(split[1], 0))
 
@@ -317,6 +325,12 @@ class CrossLayerSimilarity(TileMetric):
             crossed_counts=zeros(group.parts, images, images, *pair),
         )
 
+    def _of_tile(self, state: Tensor, axis: int, tile: Tile) -> Tensor:
+        """The part of a state that a tile adds to, its axis of W * K columns as two: windows, and the tile's keys."""
+        assert self.group is not None
+        by_window = state.unflatten(axis, (self.group.windows, self.group.keys))
+        return by_window.narrow(axis + 1, tile.start, tile.stop - tile.start)
+
     def _here(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.images.device)
 
@@ -337,13 +351,13 @@ def _with_total(parts: Tensor, axis: int) -> Tensor:
 
 
 def _pair_counts(exists: Tensor) -> tuple[Tensor | int, Tensor | int, Tensor | int]:
-    """In how many columns two layers both exist, by image, head and token, from `[L, B, H, k]`."""
-    _, images, heads, width = exists.shape
+    """In how many columns two layers both exist, by image, head and token, from `[L, B, W, H, k]`."""
+    _, images, windows, heads, width = exists.shape
     if exists.device.type == "cpu" and exists.all():  # nearly always; elsewhere the question would make a GPU wait
-        return heads * width, images * width, images * heads
+        return windows * heads * width, images * windows * width, images * heads
     weight = exists.double()
-    by_image = torch.einsum("pbhk,rbhk->bpr", weight, weight)
-    return by_image, torch.einsum("pbhk,rbhk->hpr", weight, weight), torch.einsum("pbhk,rbhk->kpr", weight, weight)
+    by_image, by_head, by_token = (torch.einsum(f"pbwhk,rbwhk->{axes}pr", weight, weight) for axes in ("b", "h", "wk"))
+    return by_image, by_head, by_token
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -19,10 +19,12 @@ class AttentionEntropy(TileMetric):
     Taken on the softmax map, also where the model mixes heads after it. `compute()` returns a dictionary of float64
     tensors, with L layers and H heads:
 
-    - ``entropy`` `[L]`: mean over heads, queries and images, in nats, 0..log K; ``entropy_se`` its standard error;
+    - ``entropy`` `[L]`: mean over heads, queries and images, in nats, 0..log K; ``entropy_se`` its standard error.
+      A query belongs to one window, and K counts the keys of that window;
     - ``normalized_entropy`` `[L]`: each row divided by the log of the number of keys that its mask admits, 0..1, and
       ``normalized_entropy_se``; rows that admit a single key have none;
-    - ``entropy_by_head`` `[L, H]` in nats, over the heads of the softmax.
+    - ``entropy_by_head`` `[L, H]` in nats, over the heads of the softmax, which may be others than those of the applied
+      map; absent where the layers' softmax maps differ in their number.
 
     A row with an entry that is not finite, or that is masked as a whole, is left out; the share of such rows is
     ``entropy_absent`` `[L]`.
@@ -58,31 +60,47 @@ class AttentionEntropy(TileMetric):
 
     def see_softmax(self, tile: Tile) -> None:
         for layer, columns in enumerate(tile.softmax):
-            rows = torch.special.entr(columns).sum(-2)
+            rows = torch.special.entr(columns).sum(-2)  # [B, W, H, Q]
             before = self._rows[layer]
             self._rows[layer] = rows if before is None else before + rows
 
     def fold(self, images: int) -> None:  # noqa: ARG002
+        rows = [self._here(row) for row in self._rows if row is not None]
+        keys = [self._keys(row, counts) for row, counts in zip(rows, self._admissible, strict=True)]
+        self._rows, self._admissible = [], []
+        if len({row.shape for row in rows}) == 1:
+            by_head, by_head_counts = self._add(slice(None), torch.stack(rows), torch.stack(keys))
+            self.by_head, self.by_head_counts = self.by_head + by_head, self.by_head_counts + by_head_counts
+            return
+        for layer, (row, count) in enumerate(zip(rows, keys, strict=True)):
+            self._add(slice(layer, layer + 1), row[None], count[None])
+
+    def _keys(self, rows: Tensor, counts: Tensor | None) -> Tensor:
+        """How many keys each row may attend to: `[B, W, H, Q]`, or sizes that broadcast to it."""
         assert self.group is not None
-        rows = torch.stack([row for row in self._rows if row is not None]).to(self.images.device).double()
-        keys = torch.full_like(rows, float(self.group.keys))
-        for layer, counts in enumerate(self._admissible):
-            if counts is not None:
-                keys[layer] = counts.to(keys.device)
+        if counts is None:
+            return torch.full_like(rows, float(self.group.keys))
+        images, windows, heads, queries = rows.shape
+        return self._here(counts.expand(images * windows, heads, queries)).unflatten(0, (images, windows))
+
+    def _add(self, layers: slice, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Add rows `[L, B, W, H, Q]` of some layers to the moments; returns their sums and counts by head, `[L, H]`."""
         rows = rows.clamp(min=0)
         present = rows.isfinite() & (keys > 0)
-        values, counts = rows.masked_fill(~present, 0.0).sum(-1), present.sum(-1).double()  # [L, B, H]
-        self.by_head = self.by_head + values.sum(1)
-        self.by_head_counts = self.by_head_counts + counts.sum(1)
-        self.row_moments += self._moments(values, counts, rows)
+        values, counts = _over_rows(rows.masked_fill(~present, 0.0)), _over_rows(present)
+        self.row_moments[:, layers] += self._moments(values, counts, rows)
         choice = present & (keys > 1)
         shares = (rows / keys.log()).masked_fill(~choice, 0.0)
-        self.normalized_moments += self._moments(shares.sum(-1), choice.sum(-1).double(), rows)
+        self.normalized_moments[:, layers] += self._moments(_over_rows(shares), _over_rows(choice), rows)
+        return values.sum(1), counts.sum(1)
 
     @staticmethod
     def _moments(values: Tensor, counts: Tensor, rows: Tensor) -> Tensor:
-        size = rows.shape[2] * rows.shape[3]  # divides sums, so that moments stay of the order of 1
+        size = rows.shape[2:].numel()  # divides sums, so that moments stay of the order of 1
         return moments(values.sum(-1).T / size, counts.sum(-1).T / size)
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.images.device).double()  # in this order: MPS has no float64
 
     def results(self) -> dict[str, Tensor]:
         if self.group is None:
@@ -90,11 +108,18 @@ class AttentionEntropy(TileMetric):
         images = float(self.images)
         mean, error = mean_and_error(self.row_moments, images)
         normalized, normalized_error = mean_and_error(self.normalized_moments, images)
-        return {
+        out = {
             "entropy": mean,
             "entropy_se": error,
             "normalized_entropy": normalized,
             "normalized_entropy_se": normalized_error,
-            "entropy_by_head": self.by_head / self.by_head_counts,
             "entropy_absent": 1 - self.row_moments[1] / images,
         }
+        if self.by_head.ndim:
+            out["entropy_by_head"] = self.by_head / self.by_head_counts
+        return out
+
+
+def _over_rows(values: Tensor) -> Tensor:
+    """Sums over the queries of all windows: `[L, B, W, H, Q]` -> `[L, B, H]`."""
+    return values.sum(-1, dtype=torch.float64).sum(2)

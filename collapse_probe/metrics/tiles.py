@@ -2,13 +2,17 @@
 
 A tile holds a few key columns of every layer for a block of images; every metric that needs it sees the same one. The
 columns are produced once per tile, and decomposed once.
+
+Where attention stays within windows, each token of an image is a key in exactly one of its W windows: the windows are
+further key columns. Column w * K + k of an image is key k of window w, and its length is the Q queries of that window.
+A tile holds the same keys of all windows: together their queries are no more than those of attention without windows.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -26,10 +30,15 @@ TILE_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 
 
 class MapLike(Protocol):
-    """What a metric needs of an attention map: see `collapse_probe.capture.AttentionMap`."""
+    """What a metric needs of an attention map: see `collapse_probe.capture.AttentionMap`.
+
+    With W windows per image the first axis of `shape` counts windows, an image's side by side; `select` takes images.
+    """
 
     @property
     def shape(self) -> tuple[int, int, int, int]: ...
+    @property
+    def windows(self) -> int: ...
     @property
     def prefix_tokens(self) -> int: ...
     @property
@@ -43,13 +52,22 @@ class MapLike(Protocol):
 
 @dataclass(frozen=True)
 class GroupShape:
-    """Sizes of a layer group: L layers of H heads, Q queries, K keys, of which the first are prefix tokens."""
+    """Sizes of a layer group: L layers of H heads, and Q queries and K keys in each of W windows per image.
+
+    The first keys of a window are prefix tokens. Without windows W is 1.
+    """
 
     layers: int
     heads: int
     queries: int
     keys: int
     prefix_tokens: int = 0
+    windows: int = 1
+
+    @property
+    def columns(self) -> int:
+        """Key columns of an image in one layer and head: the keys of all its windows."""
+        return self.windows * self.keys
 
     @property
     def parts(self) -> int:
@@ -59,13 +77,14 @@ class GroupShape:
 
 @dataclass
 class Tile:
-    """Key columns start..stop-1 of every layer, for one block of images.
+    """Keys start..stop-1 of each window in every layer, for one block of images.
 
     Attributes:
         start, stop: range of keys; it never straddles prefix tokens and patches.
         part: 0 for the first set of keys (prefix tokens where they are reported apart), 1 for the second.
-        applied: columns of the maps that multiplied the values, `[L, B, H, k, Q]`, overwritten by `columns`.
-        softmax: columns of the softmax maps, L tensors `[B, H, k, Q]`; parts of `applied` where they are the same.
+        applied: columns of the maps that multiplied the values, `[L, B, W, H, k, Q]`, overwritten by `columns`.
+        softmax: columns of the softmax maps, L tensors `[B, W, H, k, Q]`; parts of `applied` where they are the same.
+            They may have other numbers of heads than the applied maps, and than each other.
     """
 
     start: int
@@ -89,21 +108,29 @@ def group_shape(maps: Sequence[MapLike]) -> GroupShape:
     if not maps:
         raise UsageError("a metric needs the maps of at least one layer; got none.")
     shapes = {tuple(item.shape) for item in maps}
-    prefixes = {item.prefix_tokens for item in maps}
-    if len(shapes) != 1 or len(prefixes) != 1:
+    prefixes, windows = ({item.prefix_tokens for item in maps}, {item.windows for item in maps})
+    if len(shapes) != 1 or len(prefixes) != 1 or len(windows) != 1:
         raise UsageError(
-            f"layers can be compared only where their maps agree in shape and prefix tokens; got shapes "
-            f"{sorted(shapes)} and prefix tokens {sorted(prefixes)}. Update one metric per layer group."
+            f"layers can be compared only where their maps agree in shape, prefix tokens and windows; got shapes "
+            f"{sorted(shapes)}, prefix tokens {sorted(prefixes)} and windows {sorted(windows)}. Update one metric per "
+            "layer group."
         )
-    images, heads, queries, keys = maps[0].shape
-    if not images * heads * queries * keys:
+    batch, heads, queries, keys = maps[0].shape
+    if not batch * heads * queries * keys:
         raise UsageError(f"these maps hold nothing: their shape is {sorted(shapes)[0]}.")
-    return GroupShape(len(maps), heads, queries, keys, maps[0].prefix_tokens)
+    if maps[0].windows < 1 or batch % maps[0].windows:
+        raise UsageError(f"{batch} maps cannot be {maps[0].windows} windows of each of several images.")
+    return GroupShape(len(maps), heads, queries, keys, maps[0].prefix_tokens, maps[0].windows)
+
+
+def image_count(item: MapLike) -> int:
+    """How many images a batch of maps holds."""
+    return item.shape[0] // item.windows
 
 
 def image_blocks(maps: Sequence[MapLike], size: int = BLOCK) -> Iterator[list[MapLike]]:
     """The same layers for `size` images after the other; the last block may hold fewer."""
-    images = maps[0].shape[0]
+    images = image_count(maps[0])
     for start in range(0, images, size):
         stop = min(start + size, images)
         yield [item.select(start, stop) for item in maps]
@@ -117,33 +144,42 @@ def tiles(maps: Sequence[MapLike], tile_bytes: int | None = None) -> Iterator[Ti
         tile_bytes: aimed-at size of a tile's columns; by default what suits the device.
     """
     shape = group_shape(maps)
-    images = maps[0].shape[0]
+    images = image_count(maps[0])
     dtype, device = maps[0].dtype, maps[0].device
     width = _tile_width(shape, images, dtype.itemsize, tile_bytes or TILE_BYTES.get(device.type, TILE_BYTES["cpu"]))
-    buffer = torch.empty(shape.layers * images * shape.heads * width * shape.queries, dtype=dtype, device=device)
+    before, after = (shape.layers, images, shape.windows, shape.heads), (shape.queries,)
+    buffer = torch.empty(math.prod((*before, width, *after)), dtype=dtype, device=device)
     start = 0
     while start < shape.keys:
         edge = shape.prefix_tokens if start < shape.prefix_tokens and shape.parts == 2 else shape.keys
         stop = min(start + width, edge)
-        sizes = (shape.layers, images, shape.heads, stop - start, shape.queries)
+        sizes = (*before, stop - start, *after)
         applied = buffer[: math.prod(sizes)].view(sizes)
-        softmaxes = [item.write_columns(start, stop, applied[layer]) for layer, item in enumerate(maps)]
+        softmaxes = [_write(item, start, stop, applied[layer]) for layer, item in enumerate(maps)]
         part = int(shape.parts == 2 and start >= shape.prefix_tokens)
         yield Tile(start, stop, part, applied, softmaxes)
         start = stop
 
 
 def _tile_width(shape: GroupShape, images: int, element: int, tile_bytes: int) -> int:
-    column = shape.layers * images * shape.heads * shape.queries * element
+    # Products of all pairs of layers, and the bins they fall into, take as much as 4 L queries would.
+    length = max(shape.queries, 4 * shape.layers)
+    column = shape.layers * images * shape.windows * shape.heads * length * element
     return max(1, min(shape.keys, tile_bytes // max(1, column)))
+
+
+def _write(item: MapLike, start: int, stop: int, out: Tensor) -> Tensor:
+    """Write keys start..stop-1 of each window into `out` `[B, W, H, k, Q]`; returns those of the softmax."""
+    return item.write_columns(start, stop, out.flatten(0, 1)).unflatten(0, out.shape[:2])
 
 
 @dataclass(frozen=True)
 class TensorMap:
-    """A tensor `[B, H, Q, K]` as a map, for users who bring their own."""
+    """A tensor `[B, H, Q, K]` as a map, for users who bring their own; with windows `[B * W, H, Q, K]`."""
 
     tensor: Tensor
     prefix_tokens: int = 0
+    windows: int = 1
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -151,7 +187,7 @@ class TensorMap:
         return batch, heads, queries, keys
 
     def select(self, start: int, stop: int) -> TensorMap:
-        return TensorMap(self.tensor[start:stop], self.prefix_tokens)
+        return replace(self, tensor=self.tensor[start * self.windows : stop * self.windows])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -169,8 +205,12 @@ class TensorMap:
         return out.copy_(self.tensor[..., start:stop].mT)
 
 
-def as_maps(maps: Tensor | Sequence[Tensor | MapLike] | Mapping[str, MapLike], prefix_tokens: int) -> list[MapLike]:
+def as_maps(
+    maps: Tensor | Sequence[Tensor | MapLike] | Mapping[str, MapLike], prefix_tokens: int, windows: int = 1
+) -> list[MapLike]:
     """The layers' maps, whatever they came as: `[L, B, H, Q, K]`, a sequence, or a capture's dictionary.
+
+    The number of prefix tokens and of windows per image are those of maps that come as tensors.
 
     Raises:
         UsageError: a tensor does not have the axes that it should.
@@ -183,7 +223,7 @@ def as_maps(maps: Tensor | Sequence[Tensor | MapLike] | Mapping[str, MapLike], p
                 raise UsageError(
                     f"maps must be [L, B, H, Q, K], or L tensors [B, H, Q, K]; got one of shape {list(item.shape)}."
                 )
-            item = TensorMap(item, prefix_tokens)
+            item = TensorMap(item, prefix_tokens, windows)
         if not hasattr(item, "write_columns"):
             raise UsageError(f"maps must be tensors or AttentionMaps; got a {type(item).__name__}.")
         layers.append(item)

@@ -12,18 +12,20 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter
 from numpy.typing import NDArray
 
-from collapse_probe.plots.select import choose_group, column, titled
+from collapse_probe.plots.select import Arrangement, arrange, column, titled
 from collapse_probe.plots.style import (
     BLACK,
     BLUE,
     GREEN,
     VERMILION,
+    bracket,
     new_figure,
     paper,
     say_undefined,
     several_axes,
     single_axes,
     thinned_ticks,
+    title_pad,
 )
 from collapse_probe.result import Analysis
 
@@ -35,27 +37,33 @@ ADJACENT = {
     "excess_to_previous": ("image-specific excess", GREEN, "D", "-."),
 }
 
+_PREVIOUS = "Block p, compared with block p − 1"
+
 
 @paper()
 def adjacent_similarity(analysis: Analysis, ax: Axes | None = None, *, group: str | None = None) -> tuple[Figure, Axes]:
     """Similarity of each block's attention to the block before it, with its parts; error bars are ±1 standard error.
 
-    Shaded blocks are those that the analysis counts as similar to their predecessor.
+    Shaded blocks are those that the analysis counts as similar to their predecessor. Several groups stand side by side
+    as in :func:`layer_similarity`; the first layer of a group has no predecessor.
 
     Raises:
         UsageError: unknown group.
     """
-    chosen = choose_group(analysis, group)
-    table = analysis.layers.loc[chosen.layers]
-    figure, ax = single_axes(ax, 4.8, 3.3)
-    ax.set(title=titled("Similarity to the previous block", analysis, chosen), ylabel="Cosine similarity")
+    shown = arrange(analysis, group)
+    table = analysis.layers.loc[shown.layers]
+    figure, ax = single_axes(ax, _width(4.8, shown), 3.3)
+    title = "Similarity to the previous block"
+    ax.set_title(title if shown.several else titled(title, analysis, shown.groups[0]), pad=title_pad(shown.several))
+    ax.set_ylabel("Cosine similarity")
     drawn = [_curve(ax, table, name, *look) for name, look in ADJACENT.items()]
-    _block_axis(ax, len(table), "Block p, compared with block p − 1")
+    _block_axis(ax, shown, f"{shown.label} and the one before it in its group" if shown.several else _PREVIOUS)
     if not any(drawn):
-        say_undefined(ax, "a single layer has no previous block" if len(table) == 1 else "")
+        say_undefined(ax, _why_nothing_precedes(shown))
         return figure, ax
     ax.axhline(0, color="0.4", linewidth=0.6, zorder=1)
-    ax.set_xlim(0.5, max(len(table) - 0.5, 1.5))
+    if not shown.several:
+        ax.set_xlim(0.5, max(len(table) - 0.5, 1.5))
     ax.set_ylim(min(-0.05, ax.get_ylim()[0]), 1.03)
     _shade_similar(ax, column(table, "similar_to_previous"))
     _legend(ax)
@@ -66,18 +74,19 @@ def adjacent_similarity(analysis: Analysis, ax: Axes | None = None, *, group: st
 def head_diversity(analysis: Analysis, ax: Axes | None = None, *, group: str | None = None) -> tuple[Figure, Axes]:
     """Head diversity by layer, ±1 standard error: 1 - mean cosine between different heads (DeepViT, fig. 3c).
 
-    In 0..1 for probabilities; after re-attention heads can oppose each other, and it reaches beyond 1.
-
-    A layer's own heads are compared, so all layers are shown in execution order unless ``group`` names one group.
+    In 0..1 for probabilities; after re-attention heads can oppose each other, and it reaches beyond 1. Several groups
+    stand side by side as in :func:`layer_similarity`, each with a line of its own.
 
     Raises:
         UsageError: unknown group.
     """
-    table, axis_label = _layers_of(analysis, group)
-    figure, ax = single_axes(ax, 4.6, 2.9)
-    ax.set(title="Head diversity", ylabel="1 − cross-head similarity", ylim=(-0.03, _top(table)))
-    _block_axis(ax, len(table), axis_label)
-    if not _band(ax, table, "head_diversity", BLUE, "o"):
+    shown = arrange(analysis, group)
+    table = analysis.layers.loc[shown.layers]
+    figure, ax = single_axes(ax, _width(4.6, shown), 2.9)
+    ax.set_title("Head diversity", pad=title_pad(shown.several))
+    ax.set(ylabel="1 − cross-head similarity", ylim=(-0.03, _top(table)))
+    _block_axis(ax, shown)
+    if not _bands(ax, shown, table, "head_diversity", BLUE, "o"):
         only_one = column(table, "heads")
         say_undefined(ax, "each layer has a single head" if (only_one == 1).all() else "")
     return figure, ax
@@ -100,37 +109,43 @@ def entropy(
     Args:
         analysis: what to show.
         ax: two axes, or None for a new figure.
-        group: one group's layers only; by default all layers, in execution order.
+        group: one group's layers only; by default all, group by group.
 
     Raises:
         UsageError: unknown group, or not two axes.
     """
-    table, axis_label = _layers_of(analysis, group)
+    shown = arrange(analysis, group)
+    table = analysis.layers.loc[shown.layers]
     if ax is None:
-        figure = new_figure(4.6, 4.4)
+        figure = new_figure(_width(4.6, shown), 4.4)
         axes = figure.subplots(2, 1)
     else:
         figure, axes = several_axes(ax, count=2)
     upper, lower = axes
-    upper.set(title="Attention entropy", ylabel="Entropy / log K", ylim=(-0.03, 1.03))
-    lower.set(title="Relative variation of attention columns", ylabel="r (log scale)")
+    upper.set_title("Attention entropy", pad=title_pad(shown.several))
+    upper.set(ylabel="Entropy / log K", ylim=(-0.03, 1.03))
+    lower.set_title("Relative variation of attention columns", pad=title_pad(shown.several))
+    lower.set(ylabel="r (log scale)")
     for axis in axes:
-        _block_axis(axis, len(table), axis_label)
-    if not _band(upper, table, "normalized_entropy", BLUE, "o"):
+        _block_axis(axis, shown)
+    if not _bands(upper, shown, table, "normalized_entropy", BLUE, "o"):
         say_undefined(upper, "rows of these maps are not probabilities" if _no_probabilities(table) else "")
-    if _band(lower, table, "relative_variation", VERMILION, "s"):
+    if _bands(lower, shown, table, "relative_variation", VERMILION, "s"):
         _variation_axis(lower, smallest=float(np.nanmin(column(table, "relative_variation"))))
     else:
         say_undefined(lower)
     return figure, axes
 
 
-def _layers_of(analysis: Analysis, group: str | None) -> tuple[pd.DataFrame, str]:
-    """The rows to draw and the name of their axis: one group's blocks, or every layer."""
-    chosen = choose_group(analysis, group)
-    if group is None and len(analysis.groups) > 1:
-        return analysis.layers, "Layer, in execution order"
-    return analysis.layers.loc[chosen.layers], "Block"
+def _why_nothing_precedes(shown: Arrangement) -> str:
+    if any(len(group.layers) > 1 for group in shown.groups):
+        return ""
+    return "no two layers are in one group" if shown.several else "a single layer has no previous block"
+
+
+def _width(width: float, shown: Arrangement) -> float:
+    """Inches; more where many layers of several groups stand side by side."""
+    return max(width, 1.2 + 0.2 * len(shown.layers)) if shown.several else width
 
 
 def _curve(ax: Axes, table: pd.DataFrame, name: str, label: str, colour: str, marker: str, dashes: str) -> bool:
@@ -152,14 +167,15 @@ def _curve(ax: Axes, table: pd.DataFrame, name: str, label: str, colour: str, ma
     return True
 
 
-def _band(ax: Axes, table: pd.DataFrame, name: str, colour: str, marker: str) -> bool:
-    """One line with a band of ±1 standard error; False where nothing is defined."""
+def _bands(ax: Axes, shown: Arrangement, table: pd.DataFrame, name: str, colour: str, marker: str) -> bool:
+    """A line with a band of ±1 standard error for each group; False where nothing is defined."""
     values, error = column(table, name), np.nan_to_num(column(table, f"{name}_se"))
     if not np.isfinite(values).any():
         return False
-    at = np.arange(len(values))
-    ax.fill_between(at, values - error, values + error, color=colour, alpha=0.25, linewidth=0)
-    ax.plot(at, values, color=colour, marker=marker)
+    for start, stop in shown.spans:
+        at, own, spread = np.arange(start, stop), values[start:stop], error[start:stop]
+        ax.fill_between(at, own - spread, own + spread, color=colour, alpha=0.25, linewidth=0)
+        ax.plot(at, own, color=colour, marker=marker)
     return True
 
 
@@ -185,12 +201,19 @@ def _variation_axis(ax: Axes, smallest: float) -> None:
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _block_axis(ax: Axes, count: int, label: str) -> None:
-    ax.set_xlabel(label)
-    ax.set_xticks(thinned_ticks(count))
+def _block_axis(ax: Axes, shown: Arrangement, label: str = "") -> None:
+    count = len(shown.layers)
+    ticks = thinned_ticks(count)
+    ax.set_xlabel(label or shown.label)
+    ax.set_xticks(ticks, labels=[str(shown.numbers[tick]) for tick in ticks])
     ax.set_xlim(-0.5, count - 0.5)
     ax.grid(visible=True)
     ax.set_axisbelow(True)
+    if shown.several:
+        spans = [(start - 0.5, stop - 0.5) for start, stop in shown.spans]
+        bracket(ax, spans, [group.name for group in shown.groups])
+        for _, stop in spans[:-1]:
+            ax.axvline(stop, color="0.8", linewidth=0.6, zorder=0)
 
 
 def _no_probabilities(table: pd.DataFrame) -> bool:

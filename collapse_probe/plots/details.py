@@ -62,8 +62,9 @@ def similarity_by_token(
 ) -> tuple[Figure, NDArray[Any]]:
     """M to the previous block by key token, on the patch grid, for evenly spaced neighbours; returns an array of axes.
 
-    Prefix tokens (class token, registers) stand as numbers above each grid. Without a grid the tokens form a line. All
-    panels share one colour scale, fitted to the values shown and never narrower than 0.1.
+    Prefix tokens (class token, registers) stand as numbers above each grid. Without a grid the tokens form a line. Keys
+    of several windows are shown by their place in the window, as means over windows. All panels share one colour scale,
+    fitted to the values shown and never narrower than 0.1.
 
     Args:
         analysis: what to show.
@@ -74,7 +75,7 @@ def similarity_by_token(
         UsageError: unknown group.
     """
     chosen = choose_group(analysis, group)
-    values = _adjacent(chosen, "similarity_by_token")
+    values = _over_windows(chosen, _adjacent(chosen, "similarity_by_token"))
     figure, axes = _panels(len(values)) if ax is None else several_axes(ax)
     if ax is None:
         title = titled("Similarity to the previous block, by key token", analysis, chosen)
@@ -116,11 +117,21 @@ def _adjacent(group: Group, name: str) -> NDArray[np.float64]:
     return np.asarray(stored, dtype=np.float64)[later - 1, later]
 
 
+def _over_windows(group: Group, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``[L - 1, W K]`` -> ``[L - 1, K]``: means over the windows in which a token is attended to."""
+    if group.windows == 1 or values.shape[1] != group.windows * group.keys:
+        return values
+    by_window = values.reshape(len(values), group.windows, group.keys)
+    count = np.isfinite(by_window).sum(1)
+    with np.errstate(invalid="ignore"):
+        return np.where(count > 0, np.nansum(by_window, axis=1) / count, np.nan)
+
+
 def _panels(available: int) -> tuple[Figure, NDArray[Any]]:
     count = min(available, _MOST_PANELS)
     columns = min(count, 3)
     rows = -(-count // columns)
-    figure = new_figure(1.45 * columns + 0.7 if columns > 1 else 3.6, 1.75 * rows + 0.4)
+    figure = new_figure(max(1.45 * columns + 0.7, 4.4) if columns > 1 else 3.6, 1.75 * rows + 0.4)
     return figure, figure.subplots(rows, columns, squeeze=False).ravel()
 
 
@@ -135,7 +146,8 @@ def _draw_tokens(ax: Axes, group: Group, values: NDArray[np.float64], norm: Norm
     grid = _grid(group)
     if grid is None:
         ax.plot(values, color=BLUE, linewidth=0.8)
-        ax.set(xlabel="Key token", ylabel="M", ylim=(norm.vmin, norm.vmax))
+        place = "Key token of a window" if group.windows > 1 else "Key token"
+        ax.set(xlabel=place, ylabel="M", ylim=(norm.vmin, norm.vmax))
         return
     ax.patch.set(facecolor="0.97", hatch="/////", edgecolor="0.7")
     ax.imshow(values[group.prefix_tokens :].reshape(grid), norm=norm, cmap=SEQUENTIAL, interpolation="nearest")

@@ -13,18 +13,22 @@ import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from collapse_probe.errors import UsageError
-from collapse_probe.plots.select import choose_group, titled
+from collapse_probe.plots.select import Arrangement, arrange, titled
 from collapse_probe.plots.style import (
+    bracket,
     colour_scale,
+    key_below,
     legible_on,
     new_figure,
     paper,
     say_undefined,
     single_axes,
     thinned_ticks,
+    title_pad,
 )
 from collapse_probe.result import PARTS, Analysis, Group
 
@@ -37,7 +41,10 @@ READINGS = {
 }
 _SIGNED = ("centred", "excess")
 _PART_WORDS = {"all": "", "prefix": ", prefix tokens", "patch": ", patch tokens"}
-_MOST_ANNOTATED = 16
+_MOST_ANNOTATED, _LONGEST_PLACE = 16, 36
+
+#: Height of a line of the key in inches, and width of the axis' numbers in points.
+_KEY_LINE, _BESIDE_NUMBERS = 0.12, 20
 
 
 @paper()
@@ -49,28 +56,40 @@ def layer_similarity(
     part: str = "all",
     reading: str = "similarity",
 ) -> tuple[Figure, Axes]:
-    """Heatmap of one reading between every two layers of a group, block 0 in the upper left corner.
+    """Heatmap of one reading between every two layers, the first in the upper left corner; hatched: not comparable.
+
+    With several groups of comparable layers (the stages of a hierarchical model, or kinds of attention), layers stand
+    group by group, each group a framed block with its letter at a bracket; a key below says what the letters mean. The
+    numbers on the axes count layers in execution order, also where groups alternate (regular and shifted windows) and
+    blocks therefore do not.
 
     Args:
         analysis: what to show.
-        ax: axes to draw on; new ones by default.
-        group: name of the group; by default the one with most layers.
+        ax: axes to draw on; new ones by default. On given axes there is no key.
+        group: name of one group to show alone, its layers counted from 0; by default all.
         part: the key tokens that count: ``"all"``, ``"prefix"`` or ``"patch"``.
         reading: ``"similarity"`` (M) or ``"image_independent"``, both 0..1; ``"centred"`` or ``"excess"``, both -1..1.
 
     Raises:
-        UsageError: unknown group, part or reading, or a part that this group does not report apart.
+        UsageError: unknown group, part or reading, or a part that no group shown reports apart.
     """
     if reading not in READINGS:
         raise UsageError(f"reading={reading!r} is unknown; choose one of {list(READINGS)}.")
     if part not in PARTS:
         raise UsageError(f"part={part!r} is unknown; choose one of {list(PARTS)}.")
-    chosen = choose_group(analysis, group)
-    if part not in chosen.matrices and part != "all":
-        raise UsageError(f"group {chosen.name} has no part {part!r}; it has {list(chosen.matrices)}.")
-    figure, ax = single_axes(ax, 4.6, 4.0)
-    _draw(ax, chosen, part, reading, annotate=len(chosen.layers) <= _MOST_ANNOTATED)
-    ax.set_title(titled(READINGS[reading][0] + _PART_WORDS[part], analysis, chosen))
+    shown = arrange(analysis, group)
+    known = {name for item in shown.groups for name in item.matrices}
+    if part not in known and part != "all":
+        whose = "no group has a" if shown.several else f"group {shown.groups[0].name} has no"
+        raise UsageError(f"{whose} part {part!r}; there is {sorted(known)}.")
+    own_figure = ax is None
+    key_height = _KEY_LINE * (len(shown.groups) + 2) if shown.several and own_figure else 0.0
+    figure, ax = single_axes(ax, 4.6, 4.0 + key_height)
+    _draw(ax, shown, part, reading, annotate=len(shown.layers) <= _MOST_ANNOTATED)
+    title = READINGS[reading][0] + _PART_WORDS[part]
+    ax.set_title(title if shown.several else titled(title, analysis, shown.groups[0]), pad=title_pad(shown.several))
+    if shown.several and own_figure:
+        key_below(figure, [f"{item.name}  {_in_words(item)}" for item in shown.groups])
     return figure, ax
 
 
@@ -78,22 +97,24 @@ def layer_similarity(
 def similarity_parts(analysis: Analysis, *, group: str | None = None) -> tuple[Figure, NDArray[Any]]:
     """M, centred M, the image-independent part and the excess, side by side; returns a 2 x 2 array of axes.
 
+    Several groups are shown as in :func:`layer_similarity`.
+
     Raises:
         UsageError: unknown group.
     """
-    chosen = choose_group(analysis, group)
+    shown = arrange(analysis, group)
     figure = new_figure(7.2, 6.2)
     axes = figure.subplots(2, 2)
     for ax, (reading, (title, _)) in zip(axes.flat, READINGS.items(), strict=True):
-        _draw(ax, chosen, "all", reading, annotate=False)
-        ax.set_title(titled(title, analysis, chosen))
+        _draw(ax, shown, "all", reading, annotate=False)
+        ax.set_title(title if shown.several else titled(title, analysis, shown.groups[0]), pad=title_pad(shown.several))
     return figure, axes
 
 
-def _draw(ax: Axes, group: Group, part: str, reading: str, annotate: bool) -> None:
+def _draw(ax: Axes, shown: Arrangement, part: str, reading: str, annotate: bool) -> None:
     """One heatmap with its colour bar; hatched cells have no value."""
-    count = len(group.layers)
-    values = np.asarray(group.matrices.get(part, {}).get(reading, np.full((count, count), np.nan)), dtype=np.float64)
+    count = len(shown.layers)
+    values = _values(shown, part, reading)
     ax.set_box_aspect(1)
     if not np.isfinite(values).any():
         return say_undefined(ax, "for any two layers of this group")
@@ -108,13 +129,43 @@ def _draw(ax: Axes, group: Group, part: str, reading: str, annotate: bool) -> No
         yticklabels=False,
         cbar_kws={"label": READINGS[reading][1], "shrink": 0.8},
     )
-    ax.set(xlabel="Block", ylabel="Block")  # after seaborn, which clears them
+    ax.set(xlabel=shown.label, ylabel=shown.label)  # after seaborn, which clears them
     if annotate:
         _annotate(ax, values)
     ticks = thinned_ticks(count)
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_ticks([tick + 0.5 for tick in ticks], labels=[str(tick) for tick in ticks], rotation=0)
+        axis.set_ticks([tick + 0.5 for tick in ticks], labels=[str(shown.numbers[tick]) for tick in ticks], rotation=0)
+    if shown.several:
+        _frame(ax, shown)
     return None
+
+
+def _values(shown: Arrangement, part: str, reading: str) -> NDArray[np.float64]:
+    """`[L, L]` over all layers shown; NaN between groups, and where a group lacks the part or the reading."""
+    values = np.full((len(shown.layers), len(shown.layers)), np.nan)
+    for group, (start, stop) in zip(shown.groups, shown.spans, strict=True):
+        own = group.matrices.get(part, {}).get(reading)
+        if own is not None:
+            values[start:stop, start:stop] = own
+    return values
+
+
+def _frame(ax: Axes, shown: Arrangement) -> None:
+    """A frame around each group, and its letter above and on the left."""
+    for start, stop in shown.spans:
+        size = stop - start
+        ax.add_patch(Rectangle((start, start), size, size, fill=False, edgecolor="0.25", linewidth=0.8))
+    names = [group.name for group in shown.groups]
+    bracket(ax, shown.spans, names, "x")
+    bracket(ax, shown.spans, names, "y", gap=_BESIDE_NUMBERS)
+    ax.yaxis.labelpad = _BESIDE_NUMBERS
+
+
+def _in_words(group: Group) -> str:
+    place = group.layers[0] if len(group.layers) == 1 else group.module
+    if len(place) > _LONGEST_PLACE:
+        place = "…" + place[-_LONGEST_PLACE:]
+    return f"{place}: {group.description}" if place else group.description
 
 
 def _annotate(ax: Axes, values: NDArray[np.float64]) -> None:

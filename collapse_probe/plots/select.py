@@ -1,6 +1,13 @@
-"""Which part of an analysis a figure shows: one group of layers, its rows of the table, one column of them."""
+"""Which part of an analysis a figure shows: groups of layers in the order drawn, and columns of the layers table.
+
+Layers of several groups are drawn group by group, so that each group is a block of neighbours; within a group, and from
+one group's first layer to the next group's, in execution order. Where groups alternate (regular and shifted windows,
+block and grid attention) this is not the execution order of the model: the numbers on the axes are.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -8,6 +15,46 @@ from numpy.typing import NDArray
 
 from collapse_probe.errors import UsageError
 from collapse_probe.result import Analysis, Group
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Layers side by side, as a figure shows them.
+
+    Attributes:
+        groups: the groups, in order.
+        layers: their layers, group by group.
+        numbers: what each layer is called on an axis: its number in execution order, or within a single group.
+        label: what the axis is called.
+    """
+
+    groups: list[Group]
+    layers: list[str]
+    numbers: list[int]
+    label: str
+
+    @property
+    def several(self) -> bool:
+        return len(self.groups) > 1
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """First position of each group, and the one behind its last."""
+        ends = np.cumsum([len(group.layers) for group in self.groups])
+        return [(int(end) - len(group.layers), int(end)) for group, end in zip(self.groups, ends, strict=True)]
+
+
+def arrange(analysis: Analysis, name: str | None) -> Arrangement:
+    """One group's layers, or without a name those of all groups. Raises UsageError for a name that is not there."""
+    chosen = choose_group(analysis, name)
+    if name is not None or len(analysis.groups) == 1:
+        return Arrangement([chosen], chosen.layers, list(range(len(chosen.layers))), "Block")
+    layers = [layer for group in analysis.groups for layer in group.layers]
+    place = {layer: number for number, layer in enumerate(analysis.layers.index)}
+    numbers = [place[layer] for layer in layers]
+    in_order = numbers == sorted(numbers)
+    label = "Layer, in execution order" if in_order else "Layer (numbers: execution order)"
+    return Arrangement(list(analysis.groups), layers, numbers, label)
 
 
 def choose_group(analysis: Analysis, name: str | None) -> Group:

@@ -16,6 +16,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.transforms import ScaledTranslation
 from numpy.typing import NDArray
 
 from collapse_probe.errors import UsageError
@@ -116,6 +118,56 @@ def thinned_ticks(count: int, most: int = 16) -> list[int]:
     """Positions 0, s, 2s … below ``count`` with the smallest round step s that leaves at most ``most`` of them."""
     step = next((s for s in (1, 2, 4, 5, 10, 20, 50) if count <= most * s), 100)
     return list(range(0, count, step))
+
+
+def bracket(
+    ax: Axes, spans: Sequence[tuple[float, float]], names: Sequence[str], axis: str = "x", gap: float = 3
+) -> None:
+    """Brackets with letters outside the axes, above (``axis="x"``) or on the left (``"y"``), one for each range.
+
+    Args:
+        ax: where.
+        spans: ranges in data coordinates.
+        names: what stands at each bracket.
+        axis: whether the ranges lie on x or y.
+        gap: distance from the axes in points.
+    """
+    figure = cast(Figure, ax.figure)
+    across = axis == "x"
+    shift = ScaledTranslation(0 if across else -gap / 72, gap / 72 if across else 0, figure.dpi_scale_trans)
+    transform = (ax.get_xaxis_transform() if across else ax.get_yaxis_transform()) + shift
+    edge = 1 if across else 0
+    margin = 0.12  # of a layer: brackets of neighbours do not touch
+    for (start, stop), name in zip(spans, names, strict=True):
+        along, level = [start + margin, stop - margin], [edge, edge]
+        ax.add_artist(
+            Line2D(
+                *((along, level) if across else (level, along)),
+                label="_bracket", transform=transform, clip_on=False,
+                color="0.25", linewidth=1.2, solid_capstyle="butt",
+            )
+        )  # fmt: skip
+        middle = (start + stop) / 2
+        ax.annotate(
+            name, (middle, edge) if across else (edge, middle),
+            xycoords=transform, xytext=(0, 2) if across else (-2, 0), textcoords="offset points",
+            ha="center" if across else "right", va="bottom" if across else "center",
+            fontsize=7, fontweight="bold", color="0.25", annotation_clip=False,
+        )  # fmt: skip
+
+
+def title_pad(brackets: bool) -> float:
+    """Room between title and axes, in points: brackets stand there."""
+    return 17 if brackets else 6
+
+
+def key_below(figure: Figure, lines: Sequence[str]) -> None:
+    """Lines of small print under everything else in a figure of our own."""
+    handles = [Line2D([], [], linestyle="none") for _ in lines]
+    figure.legend(
+        handles, list(lines), loc="outside lower left", handlelength=0, handletextpad=0, borderaxespad=0.4,
+        fontsize=6.5, labelspacing=0.25, labelcolor="0.25",
+    )  # fmt: skip
 
 
 def say_undefined(ax: Axes, why: str = "") -> None:

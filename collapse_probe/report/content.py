@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from collapse_probe.result import Analysis, Finding
+from collapse_probe.result import Analysis, Finding, Group
 
 #: Severity -> symbol and word, gravest first. Both are always shown: colour is never the only sign.
 SEVERITIES = {"problem": ("✗", "Problem"), "warning": ("!", "Warning"), "ok": ("✓", "OK"), "note": ("i", "Note")}
@@ -37,9 +38,12 @@ _WHY_ABSENT = {
 }
 
 _ABSENT = "–"
-_MOST_NAMES = 3
+_MOST_NAMES, _MOST_ALONE = 3, 12
 _MOST_ITEMS = 20
 _LONG_NAME = 16
+
+#: Share of keys admitted, in the mean, below which a layer counts as masked.
+_HARDLY_MASKED = 0.995
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,19 @@ def rows(analysis: Analysis) -> list[Row]:
     return found
 
 
+def groups(analysis: Analysis) -> list[tuple[str, str]]:
+    """Letter of each group of comparable layers, and the group in words; nothing where all layers form one group."""
+    if len(analysis.groups) < 2:
+        return []
+    return [(group.name, f"{group.description}{_place(group)}") for group in analysis.groups]
+
+
+def _place(group: Group) -> str:
+    if len(group.layers) == 1:
+        return f": {group.layers[0]}"
+    return f", in {group.module}" if group.module else ""
+
+
 def elided(rows: list[Row]) -> str:
     """What the "…" of the short names stands for; empty where none is shortened."""
     return rows[0].layer.removesuffix(rows[0].short_name.removeprefix("…")) if rows else ""
@@ -147,7 +164,8 @@ def provenance_rows(analysis: Analysis) -> list[tuple[str, str]]:
 def _absent_readings(analysis: Analysis) -> Iterator[tuple[str, str]]:
     table = analysis.layers
     absent = [key for key in COLUMNS if key not in table or pd.to_numeric(table[key], errors="coerce").isna().all()]
-    if "similarity_to_previous" in absent:
+    comparable = "similarity_to_previous" not in absent
+    if not comparable:
         yield "Every comparison with a previous block", _WHY_ABSENT["similarity_to_previous"]
         absent = [key for key in absent if not key.endswith("_to_previous")]
     for key in absent:
@@ -159,9 +177,27 @@ def _absent_readings(analysis: Analysis) -> Iterator[tuple[str, str]]:
                 f"entropy of {_some(list(mixed))}",
                 "rows of these maps are not probabilities (mixed after the softmax)",
             )
-    if len(analysis.groups) > 1:
-        names = ", ".join(f"{group.name} ({len(group.layers)} {group.kind})" for group in analysis.groups)
-        yield f"Similarity across groups {names}", "their maps have different queries, keys or partitions"
+    if comparable and len(analysis.groups) > 1:
+        yield "Similarity across groups", "their maps differ in kind, heads, queries, keys or partition"
+        alone = [group.layers[0] for group in analysis.groups if len(group.layers) == 1]
+        if alone:
+            yield f"Any similarity to another layer of {_some(alone, most=_MOST_ALONE)}", "no other is in their group"
+    if masked := _masked(table):
+        yield (
+            f"r and centred similarity without the mask in {_some(masked)}",
+            "queries that a mask hides from a key count as zeros of its column, in both layers alike",
+        )
+
+
+def _masked(table: pd.DataFrame) -> list[str]:
+    """Layers in which masks admit fewer keys than there are: the largest possible entropy tells."""
+    if not {"entropy", "normalized_entropy", "keys"} <= set(table.columns):
+        return []
+    entropy, normalized, keys = (
+        pd.to_numeric(table[name], errors="coerce") for name in ("entropy", "normalized_entropy", "keys")
+    )
+    share = np.exp(entropy / normalized) / keys
+    return [str(name) for name in table.index[share < _HARDLY_MASKED]]
 
 
 def _odd_columns(analysis: Analysis) -> Iterator[tuple[str, str]]:
@@ -210,11 +246,11 @@ def _joined(parts: list[Any]) -> str:
     return " · ".join(dict.fromkeys(str(part) for part in parts if part))
 
 
-def _some(names: list[str]) -> str:
+def _some(names: list[str], most: int = _MOST_NAMES) -> str:
     """The names, or the first few and how many more."""
-    if len(names) <= _MOST_NAMES + 1:
+    if len(names) <= most + 1:
         return ", ".join(names)
-    return f"{', '.join(names[:_MOST_NAMES])} and {len(names) - _MOST_NAMES} more"
+    return f"{', '.join(names[:most])} and {len(names) - most} more"
 
 
 def _plural(count: Any, noun: str) -> str:

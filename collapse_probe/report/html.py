@@ -24,6 +24,7 @@ def render_html(analysis: Analysis) -> str:
         hero=hero,
         pictures=[picture for picture in shown if picture is not hero],
         rows=content.rows(analysis),
+        groups=content.groups(analysis),
         gaps=content.gaps(analysis),
         provenance=content.provenance_rows(analysis),
     )

@@ -17,5 +17,6 @@ def to_html(analysis: Analysis) -> str:
         findings=content.ordered(analysis.findings),
         heatmap=heatmap,
         rows=content.rows(analysis),
+        groups=content.groups(analysis),
         gaps=content.gaps(analysis),
     )

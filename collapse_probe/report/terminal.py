@@ -33,6 +33,7 @@ def print_summary(analysis: Analysis, console: Console) -> None:
     writer.line(content.headline(analysis), "bold")
     writer.findings(content.ordered(analysis.findings))
     writer.table(analysis)
+    writer.groups(content.groups(analysis))
     writer.gaps(content.gaps(analysis))
     for label, line in zip(("model", "run"), content.provenance_lines(analysis), strict=True):
         writer.line(f"{label}: {line}", "dim")
@@ -92,6 +93,17 @@ class _Writer:
         self.line(_FOOTNOTE, "dim")
         if elided := content.elided(rows):
             self.line(f"… stands for {elided}", "dim")
+
+    def groups(self, groups: list[tuple[str, str]]) -> None:
+        """What the letters of the table's blocks mean."""
+        if not groups:
+            return
+        self.line("")
+        self.line("Groups of comparable layers", "bold")
+        grid = Table.grid(padding=(0, 1))
+        for name, words in groups:
+            grid.add_row(self.text(f"{name}:"), self.text(words))
+        self.show(grid)
 
     def gaps(self, gaps: list[tuple[str, str]]) -> None:
         self.line("")

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.modules import module as module_hooks
 
 from collapse_probe.capture import QueryKey, Stored, capture, layer_groups
+from collapse_probe.capture.axes import Site
 from collapse_probe.capture.kernels import fused_sighting
 from collapse_probe.errors import UsageError
 
@@ -329,7 +330,7 @@ def test_dropout_inside_a_fused_kernel_is_a_gap_with_a_reason():
     """On the CPU dropout never runs inside the fused kernel, so the operator's arguments are handed over directly."""
     tensor = torch.randn(1, 2, 4, 8)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-    sighting = fused_sighting(kernel, (tensor, tensor, tensor), {"dropout_p": 0.5}, tensor, lambda: None)
+    sighting = fused_sighting(0, kernel, (tensor, tensor, tensor), {"dropout_p": 0.5}, tensor, Site())
     assert sighting.source is None
     assert "dropout inside a fused attention kernel" in sighting.reason
 
@@ -370,7 +371,12 @@ def test_a_classifier_softmax_is_not_attention():
 def test_class_attention_is_its_own_kind_and_group():
     captured = captured_maps(build("vit_base_patch16_siglip_224"))
     kinds = {name: item.kind for name, item in captured.maps.items()}
-    assert kinds == {"blocks.0.attn": "token", "blocks.1.attn": "token", "blocks.2.attn": "token", "attn_pool": "class"}
+    assert kinds == {
+        "blocks.0.attn": "token",
+        "blocks.1.attn": "token",
+        "blocks.2.attn": "token",
+        "attn_pool": "pooling",
+    }
     assert layer_groups(captured.maps) == [["blocks.0.attn", "blocks.1.attn", "blocks.2.attn"], ["attn_pool"]]
 
 

@@ -78,6 +78,15 @@ def _reference_entropy(attention):
     return out
 
 
+def _reference_columns(maps, windows):
+    """Maps [L, B W, H, Q, K] with the columns of an image's windows side by side: [L, B, H, Q, W K]."""
+    layers, batch, heads, queries, keys = maps.shape
+    out = np.full((layers, batch // windows, heads, queries, windows * keys), math.nan)
+    for b, w, k in itertools.product(range(batch // windows), range(windows), range(keys)):
+        out[:, b, :, :, w * keys + k] = maps[:, b * windows + w, :, :, k]
+    return out
+
+
 def peaked_maps(layers=3, images=8, heads=2, queries=7, keys=7, seed=0, negative=False):
     """Non-degenerate maps [L, B, H, Q, K]: peaked softmax rows with a part shared by images and by layers."""
     rng = np.random.default_rng(seed)

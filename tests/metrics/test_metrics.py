@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 from _reference import (
     _reference_centred,
+    _reference_columns,
     _reference_cross_head,
     _reference_entropy,
     _reference_image_independent,
@@ -21,7 +24,7 @@ from _reference import (
 from collapse_probe.errors import UsageError
 from collapse_probe.metrics import AttentionEntropy, CrossHeadSimilarity, CrossLayerSimilarity
 from collapse_probe.metrics.base import feed
-from collapse_probe.metrics.tiles import TensorMap
+from collapse_probe.metrics.tiles import TensorMap, image_blocks, tiles
 
 METRICS = [CrossLayerSimilarity, CrossHeadSimilarity, AttentionEntropy]
 MAPS = torch.tensor(peaked_maps(images=12))
@@ -149,6 +152,211 @@ def test_uniform_attention(metric_class):
         assert torch.allclose(out["head_diversity"], torch.zeros(()).double(), atol=1e-12)
     else:
         assert torch.allclose(out["normalized_entropy"], torch.ones(()).double())
+
+
+# -- windows ---------------------------------------------------------------------------------------------------------
+
+WINDOWS = 3
+WINDOWED = torch.tensor(peaked_maps(images=12 * WINDOWS, queries=5, keys=4, seed=1))
+
+
+def run_windows(metric_class, *batches, prefix_tokens=0, **kwargs):
+    metric = metric_class(prefix_tokens=prefix_tokens, windows=WINDOWS, **kwargs)
+    for batch in batches:
+        metric.update(batch)
+    return metric.compute()
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_the_windows_of_an_image_are_further_key_columns(prefix):
+    out = run_windows(CrossLayerSimilarity, WINDOWED, prefix_tokens=prefix)
+    out = {key: value.numpy() for key, value in out.items()}
+    maps = _reference_columns(WINDOWED.numpy(), WINDOWS)
+    m, c, i = _reference_similarity(maps), _reference_centred(maps), _reference_image_independent(maps)
+    place = np.arange(WINDOWS * 4) % 4  # within the window
+    parts = {"": place >= 0} | ({"_prefix": place < 1, "_patch": place >= 1} if prefix else {})
+    for suffix, keys in parts.items():
+        expected = {
+            "similarity": m[..., keys].mean((0, 3, 4)),
+            "similarity_se": standard_error(m[..., keys].mean((3, 4))),
+            "centred": c[..., keys].mean((0, 3, 4)),
+            "centred_se": standard_error(c[..., keys].mean((3, 4))),
+            "image_independent": i[..., keys].mean((2, 3)),
+            "excess": m[..., keys].mean((0, 3, 4)) - i[..., keys].mean((2, 3)),
+        }
+        for name, value in expected.items():
+            np.testing.assert_allclose(out[f"{name}{suffix}"], value, atol=1e-12, err_msg=name + suffix)
+    for name, values in (("similarity", m.mean(0)), ("centred", c.mean(0)), ("image_independent", i)):
+        np.testing.assert_allclose(out[f"{name}_by_head"], values.mean(3), atol=1e-12, err_msg=name)
+        np.testing.assert_allclose(out[f"{name}_by_token"], values.mean(2), atol=1e-12, err_msg=name)
+    r = [[[[_reference_variation(h[:, t]) for t in range(12)] for h in b] for b in layer] for layer in maps]
+    np.testing.assert_allclose(out["variation"], np.mean(r, axis=(1, 2, 3)), atol=1e-12)
+    assert out["histogram"].sum() == m.size
+
+
+def test_pairs_within_blocks_hold_whole_images():
+    out = run_windows(CrossLayerSimilarity, WINDOWED, pair_budget=0)
+    maps = _reference_columns(WINDOWED.numpy(), WINDOWS)
+    blocks = [_reference_image_independent(maps[:, start : start + 4]).mean((2, 3)) for start in (0, 4, 8)]
+    np.testing.assert_allclose(out["image_independent"], np.mean(blocks, axis=0), atol=1e-12)
+    np.testing.assert_allclose(out["image_independent_se"], standard_error(blocks), atol=1e-12)
+
+
+def test_absent_columns_of_single_windows_are_left_out():
+    maps = WINDOWED.clone()
+    maps[1, 4, 0, :, 2] = 0  # image 1, window 1
+    maps[2, 23, 1, 0, 3] = torch.nan  # image 7, window 2
+    out = {key: value.numpy() for key, value in run_windows(CrossLayerSimilarity, maps).items()}
+    columns = _reference_columns(maps.numpy(), WINDOWS)
+    clean = np.where(np.isnan(columns).any(3, keepdims=True), 0.0, columns)  # the reference calls zero columns absent
+    m = _reference_similarity(clean)
+    np.testing.assert_allclose(out["similarity"], np.nanmean(m, (0, 3, 4)), atol=1e-12)
+    np.testing.assert_allclose(out["similarity_by_head"], np.nanmean(m, (0, 4)), atol=1e-12)
+    np.testing.assert_allclose(out["similarity_by_token"], np.nanmean(m, (0, 3)), atol=1e-12)
+    np.testing.assert_allclose(out["image_independent_by_token"].shape, (3, 3, 12))
+    assert out["zero_columns"].tolist() == [0, 1, 0]
+    assert out["nonfinite_columns"].tolist() == [0, 0, 1]
+
+
+def test_heads_are_compared_within_windows():
+    out = run_windows(CrossHeadSimilarity, WINDOWED)
+    for layer, maps in enumerate(_reference_columns(WINDOWED.numpy(), WINDOWS)):
+        reference = _reference_cross_head(maps)
+        pairs = reference[:, 0, 1].mean(1)
+        np.testing.assert_allclose(out["cross_head_similarity"][layer], pairs.mean(), atol=1e-12)
+        np.testing.assert_allclose(out["cross_head_similarity_se"][layer], standard_error(pairs), atol=1e-12)
+        np.testing.assert_allclose(out["cross_head_matrix"][layer], reference.mean((0, 3)), atol=1e-12)
+
+
+@dataclass(frozen=True)
+class MixedMap(TensorMap):
+    """A map with a softmax of its own underneath, some of whose keys are masked."""
+
+    softmax: torch.Tensor | None = None
+    masked: torch.Tensor | None = None
+
+    def select(self, start, stop):
+        rows = slice(start * self.windows, stop * self.windows)
+        masked = self.masked if self.masked is None or self.masked.shape[0] == 1 else self.masked[rows]
+        return MixedMap(self.tensor[rows], self.prefix_tokens, self.windows, self.softmax[rows], masked)
+
+    def admissible_keys(self):
+        return None if self.masked is None else (~self.masked).sum(-1)
+
+    def write_columns(self, start, stop, out):
+        super().write_columns(start, stop, out)
+        return self.softmax[..., start:stop].mT
+
+
+def masked_softmax(layers, heads, masked, seed):
+    logits = torch.randn(layers, 12 * WINDOWS, heads, 5, 4, dtype=torch.float64, generator=torch.manual_seed(seed))
+    return logits.masked_fill(masked, -torch.inf).softmax(-1)
+
+
+def shifted_mask():
+    """Another mask in every window; all images share them. One row is masked as a whole, one admits a single key."""
+    masked = torch.zeros(WINDOWS, 1, 5, 4, dtype=torch.bool)
+    masked[1, :, :3, 2:] = masked[1, :, 3:, :2] = True
+    masked[2, :, 0] = masked[2, :, 1, 1:] = True
+    return masked.repeat(12, 1, 1, 1)
+
+
+def _reference_normalized(softmax, masked):
+    """Mean entropy, the same over the log of the admissible keys, and shares by head, by loops over rows."""
+    entropies, shares = [], []
+    for softmax_map, masks in zip(softmax.numpy(), masked.numpy(), strict=True):
+        for head in softmax_map:
+            for row, mask in zip(head, masks[0], strict=True):
+                keys = int((~mask).sum())
+                if keys:
+                    entropies.append(-sum(a * math.log(a) for a in row if a > 0))
+                if keys > 1:
+                    shares.append(entropies[-1] / math.log(keys))
+    return np.mean(entropies), np.mean(shares)
+
+
+@pytest.mark.parametrize("tile_bytes", [None, 1])
+def test_rows_are_normalised_by_the_keys_of_their_own_window(tile_bytes):
+    masked = shifted_mask()
+    softmax = masked_softmax(3, 2, masked, seed=4)
+    layers = [MixedMap(WINDOWED[layer], 0, WINDOWS, softmax[layer], masked) for layer in range(3)]
+    out = run_windows(AttentionEntropy, layers, tile_bytes=tile_bytes)
+    for layer in range(3):
+        entropy, normalized = _reference_normalized(softmax[layer].nan_to_num(0.0), masked)
+        np.testing.assert_allclose(out["entropy"][layer], entropy, atol=1e-12)
+        np.testing.assert_allclose(out["normalized_entropy"][layer], normalized, atol=1e-12)
+        np.testing.assert_allclose(out["entropy_absent"][layer], 1 / 15, atol=1e-12)
+    unmasked = run_windows(AttentionEntropy, WINDOWED)
+    per_image = _reference_entropy(WINDOWED[0].numpy()).reshape(12, -1).mean(1)
+    np.testing.assert_allclose(unmasked["entropy"][0], per_image.mean(), atol=1e-12)
+    np.testing.assert_allclose(unmasked["entropy_se"][0], standard_error(per_image), atol=1e-12)
+    np.testing.assert_allclose(unmasked["normalized_entropy"][0], per_image.mean() / math.log(4), atol=1e-12)
+
+
+@pytest.mark.parametrize("heads", [(3, 3, 3), (4, 2, 6)], ids=str)
+def test_the_softmax_may_have_other_heads_than_the_applied_map(heads):
+    masked = shifted_mask()[:1]
+    softmaxes = [masked_softmax(1, count, masked, seed)[0] for seed, count in enumerate(heads)]
+    layers = [MixedMap(WINDOWED[i], 0, WINDOWS, softmax, masked) for i, softmax in enumerate(softmaxes)]
+    out = run_windows(AttentionEntropy, [item.select(0, 4) for item in layers], [item.select(4, 12) for item in layers])
+    for layer, softmax in enumerate(softmaxes):
+        reference = _reference_entropy(softmax.numpy())
+        np.testing.assert_allclose(out["entropy"][layer], reference.mean(), atol=1e-12)
+        per_image = reference.reshape(12, -1).mean(1)
+        np.testing.assert_allclose(out["entropy_se"][layer], standard_error(per_image), atol=1e-12)
+        if len(set(heads)) == 1:
+            np.testing.assert_allclose(out["entropy_by_head"][layer], reference.mean((0, 2)), atol=1e-12)
+    assert ("entropy_by_head" in out) == (len(set(heads)) == 1)
+    alike = run_windows(CrossLayerSimilarity, layers)
+    assert_same(alike, run_windows(CrossLayerSimilarity, WINDOWED))
+
+
+@every_metric
+@pytest.mark.parametrize("tile_bytes", [1, 7000, 20000, 1 << 30])
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_no_tile_size_changes_what_is_said_of_windows(metric_class, tile_bytes, prefix):
+    expected = run_windows(metric_class, WINDOWED, prefix_tokens=prefix)
+    assert_same(run_windows(metric_class, WINDOWED, prefix_tokens=prefix, tile_bytes=tile_bytes), expected)
+
+
+@every_metric
+def test_no_split_or_order_of_images_changes_what_is_said_of_windows(metric_class):
+    expected = run_windows(metric_class, WINDOWED)
+    assert_same(run_windows(metric_class, *WINDOWED.split(4 * WINDOWS, dim=1)), expected)
+    blocks = {"image_independent_se", "excess_se"}
+    assert_same(run_windows(metric_class, *WINDOWED.split([3, 15, 18], dim=1)), expected, but=blocks)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    shuffled = WINDOWED.unflatten(1, (12, WINDOWS))[:, order].flatten(1, 2)
+    assert_same(run_windows(metric_class, shuffled), expected, but=blocks)
+
+
+@every_metric
+def test_windows_travel_with_the_states(metric_class):
+    used, merged = metric_class(windows=WINDOWS), metric_class()
+    used.update(WINDOWED)
+    merged.merge_state(used)
+    assert merged.group.windows == WINDOWS
+    assert_same(merged.results(), used.results())
+
+
+def test_tiles_stay_within_their_bound():
+    """A few keys of all windows of four images; never less than one key of each window."""
+    maps = torch.rand(2, 5 * WINDOWS, 2, 20, 6)
+    layers = [TensorMap(layer, 0, WINDOWS) for layer in maps]
+    one_key = maps[:, : 4 * WINDOWS, ..., 0].nbytes
+    for tile_bytes in (1, 2 * one_key, 4 * one_key, 1 << 30):
+        block = next(image_blocks(layers))
+        seen = [(tile.start, tile.stop, tile.applied.nbytes) for tile in tiles(block, tile_bytes)]
+        assert [start for start, _, _ in seen] == [0, *(stop for _, stop, _ in seen[:-1])]
+        assert seen[-1][1] == 6
+        assert all(size <= max(tile_bytes, one_key) for _, _, size in seen)
+
+
+def test_windows_must_share_out_the_batch():
+    with pytest.raises(UsageError, match="36 maps cannot be 5 windows of each of several images"):
+        AttentionEntropy(windows=5).update(WINDOWED)
+    with pytest.raises(UsageError, match=r"windows \[1, 3\]"):
+        AttentionEntropy().update([TensorMap(WINDOWED[0]), TensorMap(WINDOWED[1], 0, 3)])
 
 
 # -- conformance -----------------------------------------------------------------------------------------------------

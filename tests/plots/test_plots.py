@@ -25,7 +25,7 @@ from collapse_probe.plots.details import evenly_spaced
 from collapse_probe.plots.save import FIGURES
 from collapse_probe.plots.style import colour_scale, legible_on, thinned_ticks
 from collapse_probe.result import Analysis
-from tests.analysis_factory import all_nan, make_analysis, two_groups
+from tests.analysis_factory import all_nan, hierarchy, make_analysis, make_group, make_table, two_groups
 
 READINGS = ("similarity", "centred", "image_independent", "excess")
 
@@ -60,10 +60,124 @@ def test_negative_similarity_after_re_attention_is_not_clipped() -> None:
 
 def test_parts_and_groups_are_chosen_by_name() -> None:
     analysis = two_groups()
-    assert_allclose(_mesh(plots.layer_similarity(analysis)[1]), analysis.groups[0].matrices["all"]["similarity"])
+    _, ax = plots.layer_similarity(analysis, group="A")
+    assert_allclose(_mesh(ax), analysis.groups[0].matrices["all"]["similarity"])
     _, ax = plots.layer_similarity(analysis, group="B", part="patch")
     assert_allclose(_mesh(ax), analysis.groups[1].matrices["patch"]["similarity"])
     assert "group B" in ax.get_title(loc="left")
+    assert not _letters(ax)
+
+
+def test_several_groups_are_blocks_of_one_figure() -> None:
+    analysis = hierarchy()
+    order = [0, 1, 2, 4, 6, 3, 5, 7, 8, 9]  # group by group
+    for reading in READINGS:
+        figure, ax = plots.layer_similarity(analysis, reading=reading)
+        expected = analysis.matrix(reading).to_numpy()[np.ix_(order, order)]
+        assert_allclose(np.ma.filled(ax.collections[0].get_array(), np.nan), expected)
+        assert np.isnan(expected).sum() == 100 - (1 + 1 + 9 + 9 + 4)
+    assert [label.get_text() for label in ax.get_xticklabels()] == [str(number) for number in order]
+    assert [label.get_text() for label in ax.get_yticklabels()] == [str(number) for number in order]
+    assert ax.get_xlabel() == "Layer (numbers: execution order)"
+    frames = [(patch.get_x(), patch.get_y(), patch.get_width(), patch.get_height()) for patch in ax.patches]
+    assert frames == [(0, 0, 1, 1), (1, 1, 1, 1), (2, 2, 3, 3), (5, 5, 3, 3), (8, 8, 2, 2)]
+    assert _letters(ax) == list("ABCDE" * 2)
+    brackets = [line for line in ax.lines if line.get_label() == "_bracket"]
+    ranges = [line.get_xdata() if number < 5 else line.get_ydata() for number, line in enumerate(brackets)]
+    for (start, stop), (left, top, width, _) in zip(ranges, frames * 2, strict=True):
+        assert left == top
+        assert (start, stop) == pytest.approx((left, left + width), abs=0.2)
+    key = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert key == [
+        "A  layers.0.blocks.0.attn: 1 layer, window, 16 windows of 100 tokens",
+        "B  layers.0.blocks.1.attn: 1 layer, window (shifted), 16 windows of 100 tokens",
+        "C  layers.1.blocks: 3 layers, window, 4 windows of 100 tokens",
+        "D  layers.1.blocks: 3 layers, window (shifted), 4 windows of 100 tokens",
+        "E  layers.2.blocks: 2 layers, token, 100 tokens",
+    ]
+
+
+def test_groups_that_follow_each_other_stand_in_execution_order() -> None:
+    analysis = two_groups()
+    _, ax = plots.layer_similarity(analysis)
+    assert_allclose(np.ma.filled(ax.collections[0].get_array(), np.nan), analysis.similarity)
+    assert ax.get_xlabel() == "Layer, in execution order"
+    _, ax = plots.layer_similarity(analysis, part="prefix")
+    shown = np.ma.filled(ax.collections[0].get_array(), np.nan)
+    assert np.isnan(shown[:10]).all()
+    assert_allclose(shown[10:, 10:], analysis.groups[1].matrices["prefix"]["similarity"])
+
+
+def test_all_four_parts_show_all_groups() -> None:
+    analysis = hierarchy()
+    _, axes = plots.similarity_parts(analysis)
+    for ax in axes.flat:
+        assert _letters(ax) == list("ABCDE" * 2)
+        assert np.ma.count(ax.collections[0].get_array()) == 24
+
+
+def test_axes_of_the_caller_get_no_key() -> None:
+    figure = Figure()
+    plots.layer_similarity(hierarchy(), figure.add_subplot())
+    assert not figure.legends
+
+
+def test_no_letter_or_number_is_cut_off() -> None:
+    """Brackets, letters and the key lie inside the figure, below the title, and beside the numbers of the axis."""
+    figure, ax = plots.layer_similarity(_many_groups(12))
+    figure.draw_without_rendering()
+    canvas = figure.get_window_extent()
+    words = [text for text in ax.texts if text.get_text().isalpha()]
+    boxes = [item.get_window_extent() for item in (*words, ax.title, ax._left_title, *figure.legends)]  # type: ignore[attr-defined]
+    for box in boxes:
+        assert canvas.x0 <= box.x0 <= box.x1 <= canvas.x1
+        assert canvas.y0 <= box.y0 <= box.y1 <= canvas.y1
+    left = [text.get_window_extent() for text in words[12:]]
+    numbers = [label.get_window_extent() for label in ax.get_yticklabels()]
+    assert max(box.x1 for box in left) < min(box.x0 for box in numbers)
+    assert ax.yaxis.label.get_window_extent().x1 < min(box.x0 for box in left)
+    above = [text.get_window_extent() for text in words[:12]]
+    assert max(box.y1 for box in above) <= ax._left_title.get_window_extent().y0  # type: ignore[attr-defined]
+
+
+def test_curves_stand_group_by_group_with_a_line_for_each() -> None:
+    analysis = hierarchy()
+    order = [layer for group in analysis.groups for layer in group.layers]
+    _, ax = plots.adjacent_similarity(analysis)
+    line = next(item for item in ax.containers if item.get_label() == "similarity M").lines[0]
+    assert_allclose(line.get_ydata(), analysis.layers.loc[order, "similarity_to_previous"])
+    assert np.isnan(line.get_ydata()).tolist() == [True, True, True, False, False, True, False, False, True, False]
+    assert _letters(ax) == list("ABCDE")
+    similar = analysis.layers.loc[order, "similar_to_previous"].fillna(False).to_numpy(dtype=bool)
+    assert [patch.get_x() + 0.5 for patch in ax.patches] == list(np.flatnonzero(similar))
+    _, ax = plots.head_diversity(analysis)
+    _, (upper, lower) = plots.entropy(analysis)
+    for axis, name in ((ax, "head_diversity"), (upper, "normalized_entropy"), (lower, "relative_variation")):
+        lines = [item for item in axis.lines if item.get_marker() not in ("", "None")]
+        assert [len(item.get_xdata()) for item in lines] == [1, 1, 3, 3, 2]
+        assert_allclose(np.concatenate([item.get_xdata() for item in lines]), np.arange(10))
+        assert_allclose(np.concatenate([item.get_ydata() for item in lines]), analysis.layers.loc[order, name])
+        assert [label.get_text() for label in axis.get_xticklabels()] == list("0124635789")
+        assert _letters(axis) == list("ABCDE")
+
+
+def test_groups_of_one_have_no_previous_block() -> None:
+    _, ax = plots.adjacent_similarity(_many_groups(4, layers=1))
+    assert "not defined\nno two layers are in one group" in [text.get_text() for text in ax.texts]
+
+
+def test_keys_of_windows_are_shown_by_their_place() -> None:
+    analysis = hierarchy()
+    stored = analysis.groups[2].arrays["similarity_by_token"]
+    _, axes = plots.similarity_by_token(analysis, group="C")
+    for panel, block in zip(axes, (0, 1), strict=True):
+        expected = [np.mean([stored[block, block + 1, w * 100 + k] for w in range(4)]) for k in range(100)]
+        assert_allclose(panel.lines[0].get_ydata(), expected)
+        assert panel.get_xlabel() == "Key token of a window"
+    stored[0, 1, 7] = stored[0, 1, 8::100] = np.nan  # absent in one window, and in all
+    panel = plots.similarity_by_token(analysis, group="C")[1][0]
+    assert panel.lines[0].get_ydata()[7] == pytest.approx(np.mean([stored[0, 1, w * 100 + 7] for w in (1, 2, 3)]))
+    assert np.isnan(panel.lines[0].get_ydata()[8])
 
 
 @pytest.mark.parametrize(
@@ -71,13 +185,18 @@ def test_parts_and_groups_are_chosen_by_name() -> None:
     [
         ({"reading": "cosine"}, "reading='cosine' is unknown"),
         ({"part": "head"}, "part='head' is unknown"),
-        ({"part": "prefix"}, "group A has no part 'prefix'"),
+        ({"part": "prefix", "group": "A"}, r"group A has no part 'prefix'; there is \['all'\]"),
         ({"group": "Z"}, r"group='Z' is unknown; this analysis has \['A', 'B'\]"),
     ],
 )
 def test_what_is_not_there_is_named(arguments: dict[str, str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         plots.layer_similarity(two_groups(), **arguments)
+
+
+def test_a_part_that_no_group_has_is_named() -> None:
+    with pytest.raises(UsageError, match="no group has a part 'prefix'"):
+        plots.layer_similarity(hierarchy(), part="prefix")
 
 
 def test_an_analysis_without_layers_is_a_usage_error() -> None:
@@ -160,7 +279,7 @@ def test_a_constant_column_is_still_on_the_axis() -> None:
 def test_curves_within_layers_run_over_all_groups_and_choose_one() -> None:
     analysis = two_groups()
     _, ax = plots.head_diversity(analysis)
-    assert len(ax.lines[0].get_ydata()) == 12
+    assert [len(line.get_ydata()) for line in ax.lines if line.get_marker() == "o"] == [10, 2]
     assert ax.get_xlabel() == "Layer, in execution order"
     _, ax = plots.head_diversity(analysis, group="B")
     assert_allclose(ax.lines[0].get_ydata(), analysis.layers["head_diversity"].to_numpy()[10:])
@@ -219,6 +338,9 @@ AWKWARD: dict[str, Callable[[], Analysis]] = {
     "32 layers": lambda: make_analysis(32, 12),
     "one head, no grid": lambda: make_analysis(12, 1, None, 0),
     "two groups": two_groups,
+    "stages and windows": hierarchy,
+    "twelve groups": lambda: _many_groups(12),
+    "groups of one": lambda: _many_groups(4, layers=1),
     "nothing defined": lambda: all_nan(make_analysis(), *READINGS),
     "no arrays, few columns": lambda: _bare(make_analysis()),
 }
@@ -318,6 +440,17 @@ def test_a_notebook_can_show_a_figure() -> None:
 def test_plots_load_no_torch() -> None:
     code = "import sys, collapse_probe.plots; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def _many_groups(count: int, layers: int = 2) -> Analysis:
+    names = [[f"stages.{stage}.blocks.{block}.attn" for block in range(layers)] for stage in range(count)]
+    groups = [make_group("ABCDEFGHIJKL"[i], own, 2, None, 0, "window", windows=4) for i, own in enumerate(names)]
+    return Analysis(pd.concat([make_table(group) for group in groups]), groups)
+
+
+def _letters(ax: Axes) -> list[str]:
+    """What stands at the brackets."""
+    return [text.get_text() for text in ax.texts if text.get_text().isalpha()]
 
 
 def _mesh(ax: Axes) -> np.ndarray:

@@ -20,9 +20,9 @@ from rich.console import Console
 
 from collapse_probe.errors import OutputError
 from collapse_probe.report import content, print_summary, render_html, to_html, write_report
-from collapse_probe.report.figures import hero_name
+from collapse_probe.report.figures import hero_name, pictures
 from collapse_probe.result import Analysis, Finding
-from tests.analysis_factory import all_nan, make_analysis, two_groups
+from tests.analysis_factory import all_nan, hierarchy, make_analysis, two_groups
 
 HOSTILE = "<script>alert(1)</script>[red]x[/red]:warning:\x1b[31m\"'&"
 
@@ -88,7 +88,36 @@ def test_gaps_say_what_is_missing_and_why() -> None:
     assert "vary over the queries" in gaps["centred"]
     assert any(what.startswith("24 attention columns") for what in gaps)
     assert [what for what, _ in content.gaps(make_analysis(1))] == ["Every comparison with a previous block"]
-    assert "A (10 token), B (2 class)" in content.gaps(two_groups())[0][0]
+    assert content.gaps(two_groups())[0][0] == "Similarity across groups"
+
+
+def test_layers_that_stand_alone_are_named() -> None:
+    gaps = dict(content.gaps(hierarchy()))
+    alone = "Any similarity to another layer of layers.0.blocks.0.attn, layers.0.blocks.1.attn"
+    assert gaps[alone] == "no other is in their group"
+    assert not any("Any similarity" in what for what, _ in content.gaps(two_groups()))
+
+
+def test_layers_with_masks_are_named() -> None:
+    analysis = hierarchy()
+    analysis.layers["entropy"] = analysis.layers["normalized_entropy"] * np.log(100)
+    assert not any("mask" in what for what, _ in content.gaps(analysis))
+    layer = "layers.1.blocks.1.attn"
+    analysis.layers.loc[layer, "entropy"] = analysis.layers.loc[layer, "normalized_entropy"] * np.log(50)
+    what, why = content.gaps(analysis)[-1]
+    assert what == f"r and centred similarity without the mask in {layer}"
+    assert "zeros" in why
+
+
+def test_groups_are_told_in_words() -> None:
+    assert content.groups(make_analysis()) == []
+    assert content.groups(two_groups()) == [
+        ("A", "10 layers, token, 196 tokens, in blocks"),
+        ("B", "2 layers, class, 1 query and 197 keys, in blocks_token_only"),
+    ]
+    words = dict(content.groups(hierarchy()))
+    assert words["B"] == "1 layer, window (shifted), 16 windows of 100 tokens: layers.0.blocks.1.attn"
+    assert words["C"] == "3 layers, window, 4 windows of 100 tokens, in layers.1.blocks"
 
 
 def test_entropy_missing_after_re_attention_is_explained() -> None:
@@ -133,6 +162,15 @@ def test_the_summary_leads_with_the_verdict_and_fits(width: int) -> None:
             assert content.decimal(mean) in line
     assert sum("*0." in line for line in lines) == sum(row.similar for row in content.rows(analysis))
     assert "\x1b" not in text
+
+
+def test_the_summary_tells_the_groups() -> None:
+    lines = _printed(hierarchy()).splitlines()
+    assert max(cell_len(line) for line in lines) <= 80
+    assert "C: 3 layers, window, 4 windows of 100 tokens, in layers.1.blocks" in [line.rstrip() for line in lines]
+    blocks = [line.split()[0] for line in lines if "blocks." in line and line.split()[0][-1].isdigit()]
+    assert blocks == ["A0", "B0", "C0", "D0", "C1", "D1", "C2", "D2", "E0", "E1"]
+    assert "Groups of" not in _printed(make_analysis())
 
 
 def test_the_summary_is_plain_ascii_where_the_console_is() -> None:
@@ -213,6 +251,23 @@ def test_the_picture_at_the_top_belongs_to_the_verdict() -> None:
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_one_figure_of_all_groups_stands_before_those_of_single_ones() -> None:
+    analysis = hierarchy()
+    analysis.findings = [_finding("fine", "ok")]
+    assert hero_name(analysis) == "layer_similarity"
+    names = [picture.name for picture in pictures(analysis)]
+    assert names[0] == "layer_similarity"
+    assert names[-3:] == ["layer_similarity_C", "layer_similarity_D", "layer_similarity_E"]
+    assert len(set(names)) == len(names)
+    text = _Parsed(render_html(analysis)).text
+    for letter, words in content.groups(analysis):
+        assert f"{letter}{words}" in text.replace("\n", "")
+    assert [picture.name for picture in pictures(make_analysis()) if "layer_similarity" in picture.name] == [
+        "layer_similarity"
+    ]
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_hostile_text_is_escaped_everywhere() -> None:
     for rendered in (render_html(_hostile()), to_html(_hostile())):
         assert "<script" not in rendered
@@ -221,7 +276,9 @@ def test_hostile_text_is_escaped_everywhere() -> None:
 
 
 @pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize("analysis", [make_analysis(1), two_groups(), all_nan(make_analysis(2, 1, None, 0), "centred")])
+@pytest.mark.parametrize(
+    "analysis", [make_analysis(1), two_groups(), hierarchy(), all_nan(make_analysis(2, 1, None, 0), "centred")]
+)
 def test_awkward_analyses_make_a_page(analysis: Analysis) -> None:
     assert _Parsed(render_html(analysis)).open == []
     assert _Parsed(to_html(analysis)).open == []

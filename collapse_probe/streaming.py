@@ -26,6 +26,7 @@ from collapse_probe.capture import (
     Verification,
     capture,
     concatenate,
+    group_name,
     layer_groups,
     out_of_order,
 )
@@ -109,7 +110,7 @@ class Run:
     def result(self) -> Analysis:
         groups, tables = [], []
         for number, run in enumerate(self.groups):
-            group, table = run.result(_group_name(number), self.options.threshold, self.options.nearest)
+            group, table = run.result(group_name(number), self.options.threshold, self.options.nearest)
             groups.append(group)
             tables.append(table)
         table = pd.concat(tables)
@@ -302,12 +303,3 @@ def _is_out_of_memory(error: Exception) -> bool:
     """PyTorch has an exception of its own for GPUs; on the CPU only the text tells."""
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return known or "can't allocate memory" in str(error)
-
-
-def _group_name(number: int) -> str:
-    """A, B, … Z, AA, AB…"""
-    name = ""
-    while number >= 0:
-        name = chr(ord("A") + number % 26) + name
-        number = number // 26 - 1
-    return name

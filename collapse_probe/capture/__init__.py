@@ -9,7 +9,7 @@ from torch import nn
 from collapse_probe.capture.attention_map import AttentionMap, HeadMix, QueryKey, Stored, TokenLayout, concatenate
 from collapse_probe.capture.batches import OUT_OF_ORDER, out_of_order
 from collapse_probe.capture.context import Captured, capture
-from collapse_probe.capture.groups import NOT_COMPARED, layer_groups
+from collapse_probe.capture.groups import NOT_COMPARED, group_name, layer_groups
 from collapse_probe.capture.verification import Verification
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Verification",
     "capture",
     "concatenate",
+    "group_name",
     "layer_groups",
     "out_of_order",
 ]

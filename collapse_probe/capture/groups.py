@@ -29,3 +29,12 @@ def layer_groups(maps: Mapping[str, AttentionMap]) -> list[list[str]]:
         key = (attention.kind, heads, queries, keys, attention.windows, attention.partition, attention.layout, call)
         groups.setdefault(key, []).append(name)
     return list(groups.values())
+
+
+def group_name(number: int) -> str:
+    """Names of layer groups in order: A, B, … Z, AA, AB…"""
+    name = ""
+    while number >= 0:
+        name = chr(ord("A") + number % 26) + name
+        number = number // 26 - 1
+    return name

@@ -111,7 +111,9 @@ class Scores:
             step = self.mixing.step(position, self.shape, func, args, kwargs, out)
             if step is not None:
                 return replace(self, shape=tuple(out.shape), mixing=step)
-        if tuple(out.shape) != self.shape or self.mixing.mix is not None or self.mixing.heads_last:
+        if tuple(out.shape) != self.shape or self.shape[-2:] != self.axes:
+            return None  # queries or keys are folded otherwise at the moment
+        if self.mixing.mix is not None or self.mixing.heads_last:
             return None  # what comes after mixing is not kept apart
         if position not in (0, 1) or len(args) < 2:
             return None

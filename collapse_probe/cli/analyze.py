@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 import warnings
@@ -11,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from collapse_probe.cli.arguments import keyword_arguments
 from collapse_probe.cli.outcome import with_exit_codes
 from collapse_probe.errors import UsageError
 
@@ -127,7 +127,7 @@ def analyze(
         check_writable(out)
     arguments = {
         "arch": arch, "checkpoint": weights, "pretrained": pretrained, "use_ema": use_ema,
-        "model_kwargs": _keyword_arguments(model_kwargs or []), "img_size": img_size, "mean": _numbers("--mean", mean),
+        "model_kwargs": keyword_arguments(model_kwargs or []), "img_size": img_size, "mean": _numbers("--mean", mean),
         "std": _numbers("--std", std), "crop_pct": crop_pct, "interpolation": interpolation, "batch_size": batch_size,
         "workers": workers, "num_samples": num_samples, "device": device, "amp": amp, "amp_dtype": amp_dtype,
         "seed": seed, "layers": layers or [], "attention": attention, "until_se": until_se, "threshold": threshold,
@@ -170,20 +170,6 @@ def _write(analysis: Any, folder: Path, progress: Any) -> None:
     analysis.save(folder)
     save_figures(analysis, folder / "figures")
     write_report(analysis, folder / "report.html")
-
-
-def _keyword_arguments(pairs: list[str]) -> dict[str, Any]:
-    """`name=value` words as keyword arguments; values are JSON where they can be, otherwise text."""
-    arguments = {}
-    for pair in pairs:
-        name, found, value = pair.partition("=")
-        if not found or not name.isidentifier():
-            raise UsageError(f"--model-kwargs {pair!r} is not of the form name=value.")
-        try:
-            arguments[name] = json.loads(value)
-        except json.JSONDecodeError:
-            arguments[name] = {"True": True, "False": False, "None": None}.get(value, value)
-    return arguments
 
 
 def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from collapse_probe.cli.analyze import analyze
+from collapse_probe.cli.models import models
 
 app = typer.Typer(
     name="collapse-probe",
@@ -21,6 +22,7 @@ app = typer.Typer(
     "6 out of resources, 130 and 143 interrupted.",
 )
 app.command()(analyze)
+app.command()(models)
 
 
 def _version(wanted: bool) -> None:
@@ -37,7 +39,7 @@ def _common(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Options of every command; with a callback `analyze` stays a command of its own while it is the only one."""
+    """Options of every command."""
 
 
 def main() -> None:

@@ -138,8 +138,8 @@ def gaps(analysis: Analysis) -> list[tuple[str, str]]:
     return found + list(_absent_readings(analysis)) + list(_odd_columns(analysis))
 
 
-def provenance_lines(analysis: Analysis) -> tuple[str, str]:
-    """Where model and images came from, and how the run was made, in two lines."""
+def origin(analysis: Analysis) -> list[tuple[str, str]]:
+    """Where model and images came from, how the run was made and what it proved: labels and lines."""
     model, images = _section(analysis, "model"), _section(analysis, "images")
     parameters = model.get("parameters")
     size = f"{parameters / 1e6:.1f} M parameters" if isinstance(parameters, (int, float)) else None
@@ -153,12 +153,30 @@ def provenance_lines(analysis: Analysis) -> tuple[str, str]:
         f"{name} {_section(analysis, 'versions').get(name, '?')}" for name in ("collapse-probe", "torch", "timm")
     ]
     about_run = [counted, images.get("kind"), skipped, took, device, ", ".join(versions)]
-    return _joined(about_model), _joined(about_run)
+    lines = [("model", _joined(about_model)), ("run", _joined(about_run)), ("verified", _proof(analysis))]
+    return [(label, line) for label, line in lines if line]
 
 
 def provenance_rows(analysis: Analysis) -> list[tuple[str, str]]:
-    """All of the provenance as (dotted key, value) pairs."""
-    return [(key, _in_words(value)) for key, value in _leaves(analysis.provenance)]
+    """All of the provenance as (dotted key, value) pairs; of a verification its sums only."""
+    rows = [(key, _in_words(value)) for key, value in _leaves(analysis.provenance)]
+    return [(key, words) for key, words in rows if not key.startswith("verification.errors.")]
+
+
+def _proof(analysis: Analysis) -> str:
+    """What a verified run proved of its first batch; empty where that was not asked for."""
+    proof = _section(analysis, "verification")
+    if not proof:
+        return ""
+    counted = f"{proof['captured']} of {proof['kernels']} softmaxes and attention kernels are in maps"
+    named = f", {proof['named']} named with a reason" if proof["named"] else ""
+    if proof["failures"]:
+        return f"FAILED: {'; '.join(proof['failures'])} ({counted}{named})"
+    return f"{counted}{named}; maps times values agree with the model {_within(proof['largest_error'])}"
+
+
+def _within(error: float) -> str:
+    return f"to {error:.0e}" if error else "exactly"
 
 
 def _absent_readings(analysis: Analysis) -> Iterator[tuple[str, str]]:

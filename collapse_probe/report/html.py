@@ -19,7 +19,7 @@ def render_html(analysis: Analysis) -> str:
         "report.html.jinja",
         model=content.model_name(analysis),
         extent=content.extent(analysis),
-        origin=content.provenance_lines(analysis),
+        origin=content.origin(analysis),
         findings=content.ordered(analysis.findings),
         hero=hero,
         pictures=[picture for picture in shown if picture is not hero],

@@ -35,7 +35,7 @@ def print_summary(analysis: Analysis, console: Console) -> None:
     writer.table(analysis)
     writer.groups(content.groups(analysis))
     writer.gaps(content.gaps(analysis))
-    for label, line in zip(("model", "run"), content.provenance_lines(analysis), strict=True):
+    for label, line in content.origin(analysis):
         writer.line(f"{label}: {line}", "dim")
 
 

@@ -132,7 +132,22 @@ def test_entropy_missing_after_re_attention_is_explained() -> None:
 def test_random_weights_are_called_random() -> None:
     analysis = make_analysis()
     analysis.provenance["model"] = {"architecture": "vit", "weights": {"random": True}}
-    assert "random weights" in content.provenance_lines(analysis)[0]
+    assert "random weights" in dict(content.origin(analysis))["model"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_what_a_verification_proved_stands_beside_the_run() -> None:
+    analysis = make_analysis()
+    assert "verified" not in dict(content.origin(analysis))
+    proof = {"passed": True, "kernels": 14, "captured": 12, "named": 2, "failures": [], "largest_error": 6.6e-7}
+    analysis.provenance["verification"] = {**proof, "errors": {"blocks.0.attn": 6.6e-7}}
+    said = "12 of 14 softmaxes and attention kernels are in maps, 2 named with a reason; maps times values agree"
+    assert dict(content.origin(analysis))["verified"] == f"{said} with the model to 7e-07"
+    assert said in " ".join(_printed(analysis).split())
+    assert said in _Parsed(render_html(analysis)).text
+    assert not any("blocks.0.attn" in key for key, _ in content.provenance_rows(analysis))
+    analysis.provenance["verification"]["failures"] = ["blocks.0.attn: wrong"]
+    assert dict(content.origin(analysis))["verified"].startswith("FAILED: blocks.0.attn: wrong")
 
 
 @pytest.mark.usefixtures("no_pictures")

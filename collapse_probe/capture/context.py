@@ -247,7 +247,8 @@ def capture(model: nn.Module, verify: bool = False) -> Iterator[Captured]:
     with contextlib.ExitStack() as stack:
         if _is_compiled(model):
             warnings.warn("The model is compiled; it runs eagerly while its attention is captured.", stacklevel=3)
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        # Parts that compile themselves (flex_attention in Hugging Face models) would not be seen either.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         captured._stack.attach()
         stack.callback(captured._close)
         stack.enter_context(captured._tracer)

@@ -400,3 +400,18 @@ class AttentionTracer(TorchDispatchMode):
             logarithm=logarithm,
         )
         self._follow(out, weights)
+
+
+def _see_flex_attention() -> None:
+    """Older versions of PyTorch (2.6, 2.7) ask for a rule before an operator of higher order runs under a mode."""
+    if hasattr(TorchDispatchMode, "supports_higher_order_operators"):
+        return
+    from torch._higher_order_ops.flex_attention import flex_attention
+
+    def rule(mode: AttentionTracer, *args: Any, **kwargs: Any) -> Any:
+        return mode.__torch_dispatch__(flex_attention, (), args, kwargs)
+
+    flex_attention.py_impl(AttentionTracer)(rule)
+
+
+_see_flex_attention()

@@ -8,11 +8,18 @@ import subprocess
 import sys
 
 import pytest
+import timm
 from typer.testing import CliRunner
 
 from collapse_probe import catalogue
 from collapse_probe.catalogue import Row
 from collapse_probe.cli.app import app
+
+#: Names that another version knows are listed from timm itself, and not from the table.
+of_this_timm = pytest.mark.skipif(
+    timm.__version__ not in catalogue.timm_version(catalogue.read_table().values()),
+    reason="the table was made with another version of timm",
+)
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -55,6 +62,7 @@ def small_table(monkeypatch):
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
+@of_this_timm
 def test_every_architecture_that_attends_is_listed_within_80_columns(table):
     done = models()
     assert done.exit_code == 0, done.stderr
@@ -100,6 +108,7 @@ def test_the_heading_counts_the_names_of_the_installed_timm():
     )
 
 
+@of_this_timm
 def test_a_kind_filters(table):
     done = models("swin*", "deit_*", "--kind", "window")
     assert names_in(done.stdout) == [
@@ -173,6 +182,7 @@ def test_a_kind_filters_layers():
     assert "blocks.0.attn" not in done.stdout
 
 
+@of_this_timm
 def test_gaps_are_shown_and_no_map_at_all_is_a_rejected_model(monkeypatch):
     from collapse_probe import architecture
 
@@ -217,10 +227,11 @@ def test_bad_words_end_with_a_sentence_and_code_2(words, sentence):
     done = models(*words)
     assert done.exit_code == 2, done.output
     assert sentence in done.stderr
-    assert done.stderr.startswith("Error: ")
+    assert done.stderr.lstrip().startswith("Error: ")
     assert done.stdout == ""
 
 
+@of_this_timm
 def test_the_table_is_listed_without_torch():
     code = (
         "import sys, collapse_probe.cli.app as a\ntry:\n    a.app(sys.argv[1:])\nexcept SystemExit:\n    pass\n"

@@ -8,6 +8,8 @@ import pytest
 import torch
 from _outside import assert_images_are_images, assert_maps, images_of, observed, perturbed
 
+from collapse_probe.capture import capture
+
 transformers = pytest.importorskip("transformers")
 
 VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -234,10 +236,13 @@ def test_flex_attention_is_a_listed_gap_or_a_map():
     model.set_attn_implementation("flex_attention")
     with torch.no_grad():
         try:
-            model(pixel_values=images)
+            plain = model(pixel_values=images)
         except Exception as error:
             pytest.skip(f"flex_attention does not run without capture either: {type(error).__name__}")
-    captured = observed(model, pixel_values=images)
+        with capture(model) as captured:
+            output = model(pixel_values=images)
+    # It compiles itself, and runs eagerly under capture.
+    torch.testing.assert_close(output.last_hidden_state, plain.last_hidden_state, atol=1e-4, rtol=0)
     for name, reference in expected.items():
         if name in captured.maps:
             torch.testing.assert_close(captured.maps[name].materialize(), reference, atol=1e-4, rtol=0)

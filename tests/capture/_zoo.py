@@ -286,9 +286,9 @@ class Examined:
     plain: list
 
 
-def examine(model, images, mode):
-    """Capture a pass in a gradient mode and compare it with the graph of another pass."""
-    references, idle = reference_maps(model(images))
+def examine(model, images, mode, graph=None):
+    """Capture a pass in a gradient mode and compare it with the graph of another pass, given if it is known."""
+    references, idle = graph or reference_maps(model(images))
     with mode():
         plain = model(images)
         with capture(model, verify=True) as captured:

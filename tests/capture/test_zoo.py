@@ -7,6 +7,7 @@ import contextlib
 import pytest
 import timm
 import torch
+from _reference_graph import reference_maps
 from _zoo import ZOO, build, examine, quick, sharpness
 
 import collapse_probe.models  # noqa: F401  # registers the bundled architectures
@@ -33,13 +34,13 @@ def known(request):
         pytest.skip(f"this version of timm has no {name}")
 
 
-def check(name, model, images, mode):
+def check(name, model, images, mode, graph=None):
     """Maps of a pass against the graph of another, and against the model's own products in the same pass.
 
     With gradients both passes run the same kernels. Without, fused kernels may be others than those of the graph, and
     their rounding grows from layer to layer; there the products of the same pass are the sharp test.
     """
-    found = examine(model, images, MODES[mode])
+    found = examine(model, images, MODES[mode], graph)
     for one, other in zip(found.plain, found.outputs, strict=True):
         assert torch.equal(one, other)
         assert one.isfinite().all()
@@ -68,6 +69,7 @@ def test_every_map_of_a_family_is_captured_or_named(name):
 @pytest.mark.parametrize("name", ZOO)
 def test_every_map_of_the_zoo(name):
     model, images = build(name)
+    graph = reference_maps(model(images))
     for mode in MODES:
-        check(name, model, images, mode)
+        check(name, model, images, mode, graph)
     check(name, model.double(), images.double(), "grad")

@@ -65,6 +65,7 @@ class Run:
         self.groups: list[_GroupRun] = []
         self.not_captured: dict[str, str] = {}
         self.verification: Verification | None = None
+        self._turned = False  # whether a batch was turned around, to see that images are told apart
         self._pending: list[dict[str, AttentionMap]] = []
         self._order: list[str] = []
         self._shapes: list[tuple[int, ...]] = []
@@ -85,10 +86,9 @@ class Run:
                 with torch.inference_mode(), autocast:
                     with capture(model, first and self.options.verify) as captured:
                         model(images)
-                    if first:
-                        for name in out_of_order(model, images, captured.maps):
-                            del captured.maps[name]
-                            captured.not_captured[name] = OUT_OF_ORDER
+                    if not self._turned and len(images) > 1:
+                        self._turned = True
+                        self._leave_out(out_of_order(model, images, captured.maps), captured)
                 self._take(captured)
                 if self.progress is not None:
                     if first:
@@ -145,6 +145,14 @@ class Run:
         self.images += _image_count(maps)
         self._pending.append(maps)
         self._feed()
+
+    def _leave_out(self, names: list[str], captured: Captured) -> None:
+        """Layers in which images trade places."""
+        if names and self.groups:
+            raise CaptureError(f"{', '.join(names)}: {OUT_OF_ORDER}. Leave it out with --layers.")
+        for name in names:
+            del captured.maps[name]
+            captured.not_captured[name] = OUT_OF_ORDER
 
     def _chosen(self, captured: Captured) -> dict[str, AttentionMap]:
         patterns = self.options.layers

@@ -1,9 +1,9 @@
 """Which leading axes of an attention tensor are images, windows and heads.
 
 Models keep them in every order and fold them into each other: `[B, H, Q, K]`, `[B W, H, Q, K]` (Swin),
-`[B, H, W, Q, K]` (Hiera, NesT), `[B W H, Q, K]`, `[B H, W, Q, K]` (HaloNet), `[1, B H, Q, K]`. Only two things are
-taken as given: images come first within what is folded, heads last. An :class:`Arrangement` brings any of them to
-`[B W, H, Q, K]`.
+`[B, H, W, Q, K]` (Hiera, NesT), `[B W H, Q, K]`, `[B H, W, Q, K]` (HaloNet), `[1, B H, Q, K]`. What is known of the
+place, the size of the batch and the number of heads, tells them apart; beyond it only two things are taken as given:
+images come first within what is folded, heads last. An :class:`Arrangement` brings any of them to `[B W, H, Q, K]`.
 """
 
 from __future__ import annotations
@@ -72,11 +72,7 @@ class Arrangement:
     def broadcast(self, tensor: Tensor, tail: tuple[int, int]) -> Tensor:
         """An own copy of what broadcasts to `[*lead, *tail]`, as `[P, H, x, y]` with axes of length 1 where it does
         not vary. P is 1, or W where only windows differ (every image repeats them), or B W."""
-        full = tensor.expand(self.lead + tail)
-        try:
-            apart = full.view(self.split + tail)
-        except RuntimeError:  # axes that vary apart and were folded together can only be copied
-            apart = full.reshape(self.split + tail)
+        apart = tensor.expand(self.lead + tail).reshape(self.split + tail)
         apart = apart.permute(*self.order, len(self.order), len(self.order) + 1)
         once = [size == 1 or stride == 0 for size, stride in zip(apart.shape, apart.stride(), strict=True)]
         windows_alike, images_alike = all(once[1:-3]), once[0]
@@ -116,7 +112,7 @@ def arrangement(lead: tuple[int, ...], site: Site) -> Arrangement:
 
 def _heads_axis(rest: list[int], inner: int, site: Site) -> int | None:
     """Which axis behind the first holds the heads; None where they are folded into the first."""
-    if not rest:
+    if not rest or (site.heads == 1 and 1 not in rest):
         return None
     fitting = [position for position, size in enumerate(rest) if size == site.heads]
     if fitting:

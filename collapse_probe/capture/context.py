@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,16 @@ from collapse_probe.capture.verification import Verification, product_error, tol
 from collapse_probe.errors import UsageError
 
 _ATTENTION_CLASS = re.compile(r"attn|attention", re.IGNORECASE)
+
+#: PyTorch's own layers, which take sequences before batches unless told otherwise.
+_SEQUENCE_MODELS = (
+    nn.MultiheadAttention,
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoder,
+    nn.TransformerDecoderLayer,
+)
 
 #: Kinds of attention whose keys are the tokens of one image.
 _KEYS_ARE_TOKENS = ("token", "class", "pooling")
@@ -180,12 +191,19 @@ class Captured:
             if meaning(running).shuffled:
                 layout = TokenLayout(layout.prefix_tokens)
         key = whole_of or _unused(name, self.maps.keys() | self.not_captured.keys())
-        cut = partition(running, self._tracer.cut.words if sighting.windows > 1 else "")
-        return AttentionMap(key, what, layout, source, sighting.mix, sighting.origin, sighting.windows, cut)
+        words = self._tracer.cut.words(sighting.windows, source.shape[2]) if sighting.windows > 1 else ""
+        return AttentionMap(
+            key, what, layout, source, sighting.mix, sighting.origin, sighting.windows, partition(running, words)
+        )
 
     def _verify(self, verification: Verification, attention: AttentionMap, product: Product) -> None:
         """Check a map against the model's own product; one that does not agree is none."""
-        error = product_error(attention, product)
+        try:
+            error = product_error(attention, product)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception:  # shapes that do not fit each other, or tensors without values
+            error = math.nan
         verification.errors[attention.name] = error
         if not error <= tolerance(product):
             failure = f"map times values differs from the model's own product by {error:.1e} of its largest entry"
@@ -225,7 +243,8 @@ def capture(model: nn.Module, verify: bool = False) -> Iterator[Captured]:
             block, with a warning, because compiled code cannot be observed.
         verify: check every map against the model's own product with the values, and that every softmax and attention
             kernel that ran is captured or named: see ``captured.verification``. A map that does not agree is listed in
-            ``captured.not_captured`` instead. Costs about as much as computing attention once more.
+            ``captured.not_captured`` instead. Costs about two more computations of attention, and
+            keeps the values of the last layers alive.
 
     Yields:
         A :class:`Captured` whose maps belong to the last forward pass of the model in this thread.
@@ -263,10 +282,12 @@ def _batch(module: nn.Module, inputs: list[Any]) -> tuple[int | None, tuple[int,
         return None, None
     if first.ndim == 4:
         return first.shape[0], (first.shape[2], first.shape[3])
-    sequences_first = any(getattr(part, "batch_first", True) is False for part in module.modules())
     if first.ndim == 2:  # one sequence, or several vectors
         return None, None
-    return first.shape[int(sequences_first)], None
+    sequence_first = isinstance(module, _SEQUENCE_MODELS) and any(
+        getattr(part, "batch_first", True) is False for part in module.modules()
+    )
+    return first.shape[1 if sequence_first and first.ndim == 3 else 0], None
 
 
 def _tensors(item: Any) -> list[Tensor]:

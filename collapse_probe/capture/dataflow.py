@@ -17,6 +17,8 @@ and outputs exactly as they are, and needs no cooperation of the model:
 from __future__ import annotations
 
 import itertools
+import math
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -62,17 +64,31 @@ _PRODUCTS = {
 }
 
 
+#: Set while a tracer computes something of its own: another tracer around it must not take that for the model's.
+_BOOKKEEPING = threading.local()
+
+
 @dataclass(frozen=True)
 class _Output:
-    """What came out of a product with the values, times a number: it may meet another map's output."""
+    """What came out of a product with the values, times a number: it may meet another map's output.
+
+    Attributes:
+        shape: of the tensor that is followed.
+        sighting: the map.
+        values: what tells the values from others, beginning with their storage.
+        alive: keep the addresses in it from being used again.
+        factor: the number.
+    """
 
     shape: tuple[int, ...]
     sighting: Sighting
     values: tuple[Any, ...]
+    alive: tuple[StorageWeakRef, ...]
     factor: float = 1.0
 
-    def rests_on(self, _storages: set[int]) -> bool:
-        return False
+    def rests_on(self, storages: set[int]) -> bool:
+        """Whether the values lie in this memory."""
+        return self.values[0] in storages
 
     def step(self, position: int, func: Any, args: Any, kwargs: dict[str, Any], out: Tensor) -> _Output | None:
         """After an operator that scales or reshapes; None after any other."""
@@ -147,7 +163,7 @@ class AttentionTracer(TorchDispatchMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         running = self._where()
-        if running is None:
+        if running is None or getattr(_BOOKKEEPING, "on", False):
             return func(*args, **kwargs)
         if not isinstance(func, torch._ops.OpOverload):
             out = func(*args, **kwargs)
@@ -164,12 +180,17 @@ class AttentionTracer(TorchDispatchMode):
         found = self._followed(args) if self._nodes else []
         with autocast_within(running.autocast if func in NATIVE else ()):
             out = func(*args, **kwargs)
+        _BOOKKEEPING.on = True
         try:
             self._observe(serial, found, func, args, kwargs, out)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
         except Exception as error:
             self._nodes.clear()
             reason = f"its operators could not be followed ({type(error).__name__}: {error})"
             self._emit(Sighting(frozenset() if serial is None else frozenset({serial}), reason=reason))
+        finally:
+            _BOOKKEEPING.on = False
         return out
 
     def _running(self) -> Running:
@@ -193,7 +214,7 @@ class AttentionTracer(TorchDispatchMode):
                 self._seen(sighting, args[2] if len(args) > 2 else kwargs.get("value"), out[0])
             elif func in NATIVE:
                 with autocast_within(self._running().autocast):
-                    sighting = native_sighting(serial, func, args, kwargs, out)
+                    sighting = native_sighting(serial, func, args, kwargs, out, self._site())
                 self._emit(sighting)
             else:
                 self._softmax(serial, func, found, args[0], args[1], out)
@@ -236,14 +257,19 @@ class AttentionTracer(TorchDispatchMode):
         own, source = (StorageWeakRef(item.untyped_storage()) for item in (copy, tensor))
         self._copies[storage_of(copy)] = own, source, memory_key(tensor)
 
-    def _content(self, tensor: Tensor) -> tuple[Any, ...]:
-        """What tells a tensor's content from others: its memory, or that of which it is a copy."""
-        entry = self._copies.get(storage_of(tensor))
-        return memory_key(tensor) if entry is None or entry[0].expired() else entry[2]
+    def _content(self, tensor: Tensor) -> tuple[tuple[Any, ...], tuple[StorageWeakRef, ...]]:
+        """What tells a tensor's content from others, its memory or that of which it is a copy; and what keeps those
+        addresses from being used again."""
+        entry, own = self._copies.get(storage_of(tensor)), StorageWeakRef(tensor.untyped_storage())
+        if entry is None or entry[0].expired():
+            return memory_key(tensor), (own,)
+        _, source, key = entry
+        return (key[0], key, memory_key(tensor)[1:]), (own, source)  # this view of a copy of that
 
     def _invalidate(self, written: Iterable[int]) -> None:
         """Memory was written to, perhaps through a view: what was made of it is no longer known by its ingredients."""
         storages = set(written)
+        self._copies = {key: entry for key, entry in self._copies.items() if key not in storages}
         nodes: dict[tuple[Any, ...], tuple[StorageWeakRef, _Node]] = {}
         for key, (reference, node) in self._nodes.items():
             own = key[0] in storages
@@ -251,7 +277,7 @@ class AttentionTracer(TorchDispatchMode):
                 nodes[key] = (reference, replace(node, lossy=True) if own else node)
             elif isinstance(node, Scores):
                 nodes[key] = (reference, node.without_numbers() if own or node.rests_on(storages) else node)
-            elif not own:
+            elif not own and not node.rests_on(storages):
                 nodes[key] = (reference, node)
         self._nodes = nodes
 
@@ -323,9 +349,14 @@ class AttentionTracer(TorchDispatchMode):
             unbatched=applied.ndim == 2,
             product=Product(values.detach(), output.detach(), axes),
         )
-        if not node.straight(right):
+        aligned = node.softmax.shape[0] == axes.images * axes.windows
+        if not node.straight(right) or not aligned:
             # Only the operand itself can tell what multiplied the values.
-            sighting = replace(sighting, source=stored(applied, axes), mix=None, origin=node.softmax)
+            origin = None if node.straight(right) and node.mixing.mix is None else node.softmax
+            sighting = replace(sighting, source=stored(applied, axes), mix=None, origin=origin)
+            if origin is not None and not aligned:
+                reason = "its heads were taken apart after the softmax, and the map was changed: they cannot be told"
+                sighting = Sighting(node.serials, reason=reason)
         self._seen(sighting, values, output)
 
     def _applied_grouped(self, node: Weights, applied: Tensor, values: Tensor, output: Tensor) -> None:
@@ -334,7 +365,7 @@ class AttentionTracer(TorchDispatchMode):
             self.unfinished.pop(serial, None)
         queries, keys = node.axes
         group = applied.shape[-2] // queries
-        lead = (*node.merged_lead(group), queries, keys)[:-2]
+        lead = node.merged_lead(group)
         axes = arrangement(lead, self._site())
         kept = stored(applied.reshape(*lead, queries, keys), axes)
         values = values.detach()[..., None, :, :].expand(*values.shape[:-2], group, *values.shape[-2:])
@@ -347,10 +378,12 @@ class AttentionTracer(TorchDispatchMode):
         self._emit(sighting)
         if isinstance(values, Tensor) and sighting.source is not None and sighting.contraction is not None:
             known = sighting if self._keep_values else replace(sighting, product=None)
-            self._follow(output, _Output(tuple(output.shape), known, self._content(values)))
+            self._follow(output, _Output(tuple(output.shape), known, *self._content(values)))
 
     def _met(self, one: _Output, other: _Output, func: Any, kwargs: dict[str, Any], out: Tensor) -> _Output | None:
         """Two outputs were added or subtracted: one map, if both multiplied the same values."""
+        if one.sighting.serials & other.sighting.serials:
+            return None
         if func not in ADD | SUBTRACT or kwargs or one.values != other.values or one.shape != other.shape:
             return None
         sign = -1.0 if func in SUBTRACT else 1.0
@@ -358,7 +391,7 @@ class AttentionTracer(TorchDispatchMode):
         if combined is None:
             return None
         self._emit(combined)
-        return _Output(tuple(out.shape), combined, one.values)
+        return _Output(tuple(out.shape), combined, one.values, one.alive)
 
     def _softmax(self, serial: int, func: Any, found: _Followed, logits: Tensor, dim: int, out: Tensor) -> None:
         module = self._running().module
@@ -379,7 +412,8 @@ class AttentionTracer(TorchDispatchMode):
             return
         shape = tuple(logits.shape)
         whole = scores is not None and scores.known and scores.shape == shape and shape[-2:] == scores.axes
-        lead = scores.lead if scores is not None and whole else shape[:-2]
+        fits = scores is not None and whole and math.prod(scores.lead) == math.prod(shape[:-2])
+        lead = scores.lead if scores is not None and fits else shape[:-2]
         axes = arrangement(lead, self._site())
         source: Source | None = None
         if scores is not None and whole:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear
 
-from collapse_probe.capture.attention_map import QueryKey
+from collapse_probe.capture.attention_map import QueryKey, Source, Stored
 from collapse_probe.capture.axes import Arrangement, Site, arrangement
 from collapse_probe.capture.operators import named_arguments
 from collapse_probe.capture.sighting import Product, Sighting
@@ -48,21 +49,20 @@ def fused_sighting(
         bias = axes.broadcast(_as_additive(bias.detach(), q.dtype), (q.shape[-2], k.shape[-2]))
     scale = named.get("scale")
     output = out[0] if isinstance(out, tuple) else out
-    return Sighting(
-        serials,
-        QueryKey(
-            axes(q).clone(memory_format=torch.contiguous_format),
-            axes(k).clone(memory_format=torch.contiguous_format),
-            scale=q.shape[-1] ** -0.5 if scale is None else scale,
-            bias=bias,
-            causal=bool(named.get("is_causal", False)),
-            log_normalizer=_kernel_normalizer(out, q, axes),
-            windows=axes.windows,
-        ),
+    source: Source = QueryKey(
+        axes(q).clone(memory_format=torch.contiguous_format),
+        axes(k).clone(memory_format=torch.contiguous_format),
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        bias=bias,
+        causal=bool(named.get("is_causal", False)),
+        log_normalizer=_kernel_normalizer(out, q, axes),
         windows=axes.windows,
-        contraction=q.shape[-1],
-        product=Product(v, output.detach(), axes),
     )
+    if bias is not None and not bias.is_meta and bool(((bias.amax(-1) < -1e3) & bias.amax(-1).isfinite()).any()):
+        # Rows masked as a whole by finite numbers: their logits are lost in those, and so would be a normaliser.
+        source = Stored(source.rows(0, q.shape[-2]))
+    product = Product(v, output.detach(), axes)
+    return Sighting(serials, source, windows=axes.windows, contraction=q.shape[-1], product=product)
 
 
 def _kernel_normalizer(out: Any, q: Tensor, axes: Arrangement) -> Tensor | None:
@@ -74,7 +74,9 @@ def _kernel_normalizer(out: Any, q: Tensor, axes: Arrangement) -> Tensor | None:
     return axes(normalizer.detach()[..., None])[..., 0].clone() if wide else None
 
 
-def native_sighting(serial: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Sighting:
+def native_sighting(
+    serial: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, site: Site
+) -> Sighting:
     """Queries and keys of PyTorch's native fast path, which computes them inside its kernel."""
     serials = frozenset({serial})
     named = named_arguments(func, args, kwargs)
@@ -97,11 +99,12 @@ def native_sighting(serial: int, func: Any, args: tuple[Any, ...], kwargs: dict[
     mask = _native_mask(named, q, k)
     if isinstance(mask, str):
         return Sighting(serials, reason=mask, submodule=submodule)
-    axes = arrangement(q.shape[:2], Site(q.shape[0], heads))
+    axes = arrangement(q.shape[:2], replace(site, heads=heads))
     output = out[0] if isinstance(out, tuple) else out
     return Sighting(
         serials,
-        QueryKey(q, k, scale=(dim // heads) ** -0.5, bias=mask),
+        QueryKey(q, k, scale=(dim // heads) ** -0.5, bias=mask, windows=axes.windows),
+        windows=axes.windows,
         contraction=dim // heads,
         product=Product(v, output.detach(), axes, partial(_native_output, named, whole_layer)),
         submodule=submodule,

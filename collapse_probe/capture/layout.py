@@ -32,13 +32,23 @@ def token_layout(modules: Sequence[nn.Module], keys: int, image_size: _Grid | No
     grids = [grid for module in reversed(modules) for grid in _stated_grids(module, image_size)]
     for grid in grids:
         prefix = keys - math.prod(grid)
-        if (prefix == stated) if stated is not None else (0 <= prefix <= _MOST_PREFIX_TOKENS):
+        if prefix in (0, stated) or (stated is None and 0 < prefix <= _MOST_PREFIX_TOKENS):
             return TokenLayout(prefix, grid)
-    for prefix in (0, 1) if stated is None else (stated,):
-        side = math.isqrt(max(keys - prefix, 0))
-        if side > 0 and side * side == keys - prefix:
-            return TokenLayout(prefix, (side, side))
+    for prefix in (0, 1, 2) if stated is None else (stated, 0):
+        found = _proportioned(keys - prefix, image_size)
+        if found is not None:
+            return TokenLayout(prefix, found)
     return TokenLayout(stated if stated is not None and stated < keys else 0)
+
+
+def _proportioned(patches: int, image_size: _Grid | None) -> _Grid | None:
+    """The grid of so many patches that has the proportions of the image; a square where these are not known."""
+    height, width = image_size or (1, 1)
+    rows = math.isqrt(max(patches, 0) * height // width)
+    if rows < 1 or patches % rows:
+        return None
+    columns = patches // rows
+    return (rows, columns) if rows * width == columns * height else None
 
 
 def _stated_grids(module: nn.Module, image_size: _Grid | None) -> list[_Grid]:

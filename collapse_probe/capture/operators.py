@@ -120,7 +120,7 @@ def keeps_order(func: Any, args: Any, out: Tensor) -> bool:
     if func is aten.transpose.int:
         first, last = sorted(axis % args[0].ndim for axis in args[1:3])
         return sum(size > 1 for size in args[0].shape[first : last + 1]) <= 1
-    return func in _SHAPES and out.numel() == args[0].numel()
+    return func in _SHAPES and out.numel() == args[0].numel() and out.is_floating_point()
 
 
 def swaps_last_axes(func: Any, args: Any) -> bool:

@@ -121,7 +121,10 @@ class Scores:
         if func in MULTIPLY or (func in DIVIDE and position == 0 and not kwargs):
             return self._scaled(other, func in DIVIDE)
         if func in ADD or (func in SUBTRACT and position == 0):
-            return self._added(other, -1 if func in SUBTRACT else 1, kwargs.get("alpha", 1))
+            alpha = kwargs.get("alpha", 1)
+            if position == 1 and alpha != 1:
+                return None  # the scores are what it multiplies
+            return self._added(other, -1 if func in SUBTRACT else 1, alpha)
         if func in _FILL and position == 0:
             named = named_arguments(func, args, kwargs)
             return self._filled(named["mask"], named["value"])
@@ -147,7 +150,7 @@ class Scores:
             return self  # a softmax does not see what all its logits share
         if not isinstance(other, Tensor) or not other.is_floating_point() or other.ndim > len(self.shape):
             return None
-        if other.ndim == 0 or other.shape[-1] == 1:
+        if other.ndim == 0:
             return self
         bias = other.detach() if sign * alpha == 1 else other.detach() * (sign * alpha)
         return self._with_bias(_compact(bias))
@@ -159,11 +162,9 @@ class Scores:
         number = as_number(value)
         if number is None or number > _MASKED or mask.ndim > len(self.shape):
             return None
-        if number > -math.inf and not mask.is_meta and bool(mask.expand(self.shape).all(-1).any()):
-            return None  # a row that is masked as a whole becomes uniform, not empty
         compact = _compact(mask)
         zeros = torch.zeros(compact.shape, dtype=torch.float32, device=compact.device)
-        return self._with_bias(zeros.masked_fill_(compact, -torch.inf))
+        return self._with_bias(zeros.masked_fill_(compact, number))
 
     # -- at the softmax ----------------------------------------------------------------------------------------------
 
@@ -181,7 +182,10 @@ class Scores:
         tail = (q.shape[-2], k.shape[-2])
         if self.shape[-2:] != tail or math.prod(self.lead) != math.prod(q.shape[:-2]):
             return None
-        if self.mixing.mix is not None and (transposed or axes.heads_axis != len(self.lead) - 1):
+        mix = self.mixing.mix
+        if mix is not None and (
+            transposed or axes.heads_axis != len(self.lead) - 1 or mix.weight.shape != (axes.heads, axes.heads)
+        ):
             return None
         q, k = (
             axes(q).clone(memory_format=torch.contiguous_format),
@@ -196,29 +200,31 @@ class Scores:
                 return None
         if transposed:
             q, k, bias = k, q, None if bias is None else bias.mT.contiguous()
+        if bias is not None and masks_whole_rows(bias):
+            return None
         return QueryKey(q, k, self.scale, bias, premix=self.mixing.mix, windows=axes.windows)
 
     def _bias(self, axes: Arrangement, tail: tuple[int, int]) -> Tensor | None:
         total: Tensor | None = None
         for term in self.biases:
             bias = _spread(term, axes, tail)
+            if self.q is not None:
+                bias = bias.to(torch.promote_types(bias.dtype, self.q.dtype))
             total = bias if total is None else _plus(total, bias)
         return total
+
+
+def masks_whole_rows(bias: Tensor) -> bool:
+    """Whether every key of some row is masked: what a softmax makes of it hangs on rounding, and is kept as it is."""
+    return not bias.is_meta and bool((bias.amax(-1) < -1e3).any())
 
 
 def _spread(term: Term, axes: Arrangement, tail: tuple[int, int]) -> Tensor:
     """A term as `[P, H, x, y]`: see :meth:`Arrangement.broadcast`."""
     tensor = term.tensor.expand(term.lead + tail)
     if term.lead != axes.lead:
-        tensor = _refolded(tensor, axes.lead + tail)
+        tensor = tensor.reshape(axes.lead + tail)
     return axes.broadcast(tensor, tail)
-
-
-def _refolded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    try:
-        return tensor.view(shape)
-    except RuntimeError:
-        return tensor.reshape(shape)
 
 
 def _plus(one: Tensor, other: Tensor) -> Tensor:

@@ -75,22 +75,22 @@ class Sighting:
             self,
             serials=self.serials | other.serials,
             source=source,
-            origin=_side_by_side(self.softmax, other.softmax),
+            origin=_side_by_side(self.softmax, other.softmax, self.source.shape[1]),
             product=product,
         )
 
 
-def _side_by_side(one: Source, other: Source) -> Source:
-    """Two softmaxes as the heads of one, each head's two next to each other."""
+def _side_by_side(one: Source, other: Source, heads: int) -> Source:
+    """The softmaxes of two maps as the heads of one source, those of each head next to each other."""
+
+    def joined(*parts: Tensor) -> Tensor:
+        return torch.cat([part.unflatten(1, (heads, -1)) for part in parts], 2).flatten(1, 2)
+
     if isinstance(one, QueryKey) and isinstance(other, QueryKey) and _settings(one) == _settings(other):
         normalizers = [item.log_normalizer for item in (one, other) if item.log_normalizer is not None]
-        return replace(
-            one,
-            q=torch.stack((one.q, other.q), 2).flatten(1, 2),
-            k=torch.stack((one.k, other.k), 2).flatten(1, 2),
-            log_normalizer=torch.stack(normalizers, 2).flatten(1, 2) if len(normalizers) == 2 else None,
-        )
-    return Stored(torch.stack([item.rows(0, item.shape[2]) for item in (one, other)], 2).flatten(1, 2))
+        normalizer = joined(*normalizers) if len(normalizers) == 2 else None
+        return replace(one, q=joined(one.q, other.q), k=joined(one.k, other.k), log_normalizer=normalizer)
+    return Stored(joined(*(item.rows(0, item.shape[2]) for item in (one, other))))
 
 
 def _settings(source: QueryKey) -> tuple[float, bool] | int:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from collapse_probe.capture.attention_map import AttentionMap
 from collapse_probe.capture.sighting import Product
@@ -56,22 +59,38 @@ class Verification:
 
 
 def product_error(attention: AttentionMap, product: Product) -> float:
-    """Largest difference between map times values and the model's own product, relative to its largest entry."""
+    """Largest difference between map times values and the model's own product, relative to its largest entry: by
+    columns, as metrics read a map, and by rows."""
     values, output = product.axes(product.values), product.output
     wide = torch.promote_types(attention.dtype, values.dtype)
-    values = values.to(wide)
+    values, theirs = values.to(wide), (output if product.finish is not None else product.axes(output)).to(wide)
+    largest = theirs.nan_to_num(0.0).abs().max().clamp(min=torch.finfo(wide).tiny)
+    errors = []
+    for applied in (_by_columns(attention, values), _by_rows(attention, values)):
+        mine = applied if product.finish is None else product.finish(applied)
+        agreed_absent = theirs.isnan() & mine.isnan()
+        errors.append(float((mine - theirs).masked_fill(agreed_absent, 0.0).abs().max() / largest))
+    return max(errors, key=lambda error: math.inf if math.isnan(error) else error)
+
+
+def _by_columns(attention: AttentionMap, values: Tensor) -> Tensor:
     batch, heads, queries, keys = attention.shape
-    step = max(1, _CHUNK_ELEMENTS // max(1, batch * heads * keys))
-    parts = [
-        torch.matmul(attention.rows(start, min(start + step, queries)).to(wide), values)
-        for start in range(0, queries, step)
-    ]
-    applied = torch.cat(parts, dim=2)
-    mine, theirs = (applied, product.axes(output)) if product.finish is None else (product.finish(applied), output)
-    theirs = theirs.to(wide)
-    agreed_absent = theirs.isnan() & mine.isnan()
-    difference = (mine - theirs).masked_fill(agreed_absent, 0.0).abs().max()
-    return float(difference / theirs.nan_to_num(0.0).abs().max().clamp(min=torch.finfo(wide).tiny))
+    total = values.new_zeros(batch, heads, queries, values.shape[-1])
+    for start, stop in _chunks(keys, batch * heads * queries):
+        total += attention.columns(start, stop).to(values.dtype) @ values[:, :, start:stop]
+    return total
+
+
+def _by_rows(attention: AttentionMap, values: Tensor) -> Tensor:
+    batch, heads, queries, keys = attention.shape
+    parts = [attention.rows(*chunk).to(values.dtype) @ values for chunk in _chunks(queries, batch * heads * keys)]
+    return torch.cat(parts, dim=2)
+
+
+def _chunks(size: int, elements: int) -> Iterator[tuple[int, int]]:
+    step = max(1, _CHUNK_ELEMENTS // max(1, elements))
+    for start in range(0, size, step):
+        yield start, min(start + step, size)
 
 
 def tolerance(product: Product) -> float:

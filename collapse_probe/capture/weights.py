@@ -50,10 +50,6 @@ class Weights:
         """(Q, K)."""
         return self.softmax.shape[2], self.softmax.shape[3]
 
-    def rests_on(self, _storages: set[int]) -> bool:
-        """Whether the softmax lies in memory that the model may write to: it is an own copy."""
-        return False
-
     def joined(self, others: list[Weights]) -> Weights:
         """These weights after an operator that brought others into them."""
         serials = self.serials.union(*(other.serials for other in others))

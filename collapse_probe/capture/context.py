@@ -188,7 +188,8 @@ class Captured:
         layout = TokenLayout()
         if what in _KEYS_ARE_TOKENS:
             layout = token_layout([item.module for item in running], source.shape[3], known.image_size)
-            if meaning(running).shuffled:
+            said = meaning(running)
+            if said.shuffled or (said.own_grids and known.image_size is None):
                 layout = TokenLayout(layout.prefix_tokens)
         key = whole_of or _unused(name, self.maps.keys() | self.not_captured.keys())
         words = self._tracer.cut.words(sighting.windows, source.shape[2]) if sighting.windows > 1 else ""

@@ -32,12 +32,14 @@ class Meaning:
         partition: how windows are cut, where its instances cut them in more than one way.
         windows_last: whether windows are the axis behind the heads.
         shuffled: whether its tokens are a random choice of patches, in random order.
+        own_grids: whether every image of a batch has a grid of its own where patches are given instead of images.
     """
 
     kind: str = ""
     partition: Callable[[nn.Module], str] | None = None
     windows_last: bool = False
     shuffled: bool = False
+    own_grids: bool = False
 
 
 #: Class name, or its end with as much of the module path as is needed -> meaning.
@@ -63,6 +65,8 @@ MEANINGS = {
     ),
     # patches that were hidden at random
     "ViTMAEModel": Meaning(shuffled=True),
+    # patches of images of any proportions
+    "NaFlexVit": Meaning(own_grids=True),
     # queries that are the same for all windows (GCViT)
     "WindowAttentionGlobal": Meaning(
         partition=lambda module: "global queries" if getattr(module, "use_global", False) else ""
@@ -77,6 +81,7 @@ def meaning(running: Sequence[Running]) -> Meaning:
         kind=next((row.kind for row in rows if row.kind), ""),
         windows_last=any(row.windows_last for row in rows),
         shuffled=any(row.shuffled for row in rows),
+        own_grids=any(row.own_grids for row in rows),
     )
 
 

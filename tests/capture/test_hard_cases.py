@@ -252,6 +252,27 @@ def test_layouts(name, size, layouts):
     assert {(item.prefix_tokens, item.layout.grid) for item in captured.maps.values()} == layouts
 
 
+def test_patches_of_images_of_any_proportions_with_padding():
+    """NaFlexViT takes patches, their places and which of them are padding."""
+    torch.manual_seed(0)
+    model = timm.create_model("naflexvit_base_patch16_siglip", depth=2).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.add_(torch.randn_like(parameter) * parameter.std() * 2)
+    places = torch.cartesian_prod(torch.arange(4), torch.arange(16)).expand(3, -1, -1).clone()
+    valid = torch.arange(64) < torch.tensor([[64], [48], [32]])
+    patches = {"patches": torch.randn(3, 64, 768), "patch_coord": places, "patch_valid": valid}
+    with torch.no_grad(), capture(model, verify=True) as captured:
+        model(patches)
+    assert captured.verification.passed
+    assert [(item.kind, item.images) for item in captured.maps.values()] == [("token", 3), ("token", 3), ("pooling", 3)]
+    assert {item.layout.grid for item in captured.maps.values()} == {None}  # 4 x 16, and not 8 x 8
+    first = captured.maps["blocks.0.attn"].materialize()
+    assert float(first[2, :, :32, 32:].abs().max()) == 0  # real patches ask no padding
+    assert float(first[2, :, :32, :32].sum(-1).min()) == pytest.approx(1)
+
+
 # -- captures within captures, batches of one ------------------------------------------------------------------------
 
 

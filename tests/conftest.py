@@ -1,4 +1,4 @@
-"""Make the bundled architectures known to timm, and helpers importable beside the tests that use them."""
+"""Make the bundled architectures known to timm; helpers and examples importable by the tests that use them."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # tests side by side share the cores
     os.environ["OMP_NUM_THREADS"] = "1"  # also those of the commands that tests start
 
 HERE = Path(__file__).parent
-for folder in (HERE, HERE / "capture", HERE / "metrics"):
+for folder in (HERE, HERE / "capture", HERE / "metrics", HERE.parent / "examples"):
     sys.path.insert(0, str(folder))

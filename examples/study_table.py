@@ -1,0 +1,88 @@
+"""The table of a depth study: which readings it holds, what they come to, and whether two studies agree."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from rich import box
+from rich.table import Table
+from scipy.stats import t
+
+#: Readings of each block, by the names that `Analysis.layers` has for them (docs/readings.md says what they mean).
+READINGS = (
+    "similarity_to_previous", "similarity_to_previous_se", "centred_to_previous", "image_independent_to_previous",
+    "excess_to_previous", "similarity_ratio", "similar_to_previous", "cross_head_similarity",
+    "centred_cross_head_similarity", "normalized_entropy", "relative_variation", "feature_similarity_to_last",
+    "token_similarity", "rank_residual_frobenius", "attention_branch_share", "mlp_branch_share",
+)  # fmt: skip
+ACCURACY = "test_accuracy"
+
+#: Numbers of a run that a study is summed up by -> the reading whose mean over the blocks they are.
+OF_A_RUN = {
+    "M": "similarity_to_previous",
+    "image-independent": "image_independent_to_previous",
+    "centred M": "centred_to_previous",
+    "cross-head similarity": "cross_head_similarity",
+    "entropy / log K": "normalized_entropy",
+    "token similarity": "token_similarity",
+}
+_MODEL, _SAMPLE = ["kind", "maps", "depth"], ["kind", "maps", "depth", "seed"]
+
+
+def final(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the last epoch of each run."""
+    return table[table["epoch"] == table.groupby(_SAMPLE)["epoch"].transform("max")]
+
+
+def of_runs(table: pd.DataFrame) -> pd.DataFrame:
+    """A row per run and kind of map at its end: accuracy, readings averaged over blocks, number of similar blocks."""
+    runs = final(table).groupby(_SAMPLE)
+    columns = {name: runs[reading].mean() for name, reading in OF_A_RUN.items()}
+    similar = runs["similar_to_previous"].agg(lambda flags: flags.fillna(0).astype(bool).sum())
+    return pd.DataFrame({"accuracy": runs[ACCURACY].first(), **columns, "similar blocks": similar}).reset_index()
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean and standard deviation over seeds of what :func:`of_runs` holds; columns are (number, "mean" or "std")."""
+    return (
+        of_runs(table).drop(columns="seed").groupby(_MODEL, sort=False).agg(["mean", "std"]).sort_index(level="depth")
+    )
+
+
+def summary_table(numbers: pd.DataFrame) -> Table:
+    """A summary for the terminal."""
+    shown = Table(box=box.SIMPLE_HEAD, caption="mean ± standard deviation over seeds; readings are means over blocks")
+    for heading in ("depth", "kind", "maps", *numbers.columns.get_level_values(0).unique()):
+        shown.add_column(heading, justify="left" if heading in ("kind", "maps") else "right")
+    for (kind, maps, depth), row in numbers.iterrows():
+        cells = [with_spread(row[name, "mean"], row[name, "std"]) for name in row.index.get_level_values(0).unique()]
+        shown.add_row(str(depth), kind, maps, *cells)
+    return shown
+
+
+def with_spread(mean: float, deviation: float) -> str:
+    """``"0.71±0.02"``; without the deviation where there is a single seed."""
+    return f"{mean:.3f}" + (f"±{deviation:.3f}" if np.isfinite(deviation) else "")
+
+
+def agreement(table: pd.DataFrame, earlier: pd.DataFrame, confidence: float = 0.99) -> pd.DataFrame:
+    """Does each number of a study lie where another seed of the earlier study would?
+
+    The interval is the prediction interval for one more seed, mean ± t s sqrt(1 + 1/n), with the variance s² pooled
+    over the depths of a kind: three seeds alone tell little about their spread. Depths and kinds that only one of the
+    studies holds are left out.
+
+    Returns:
+        A row per model, seed and number: ``value``, the ends ``low`` and ``high``, and whether it is ``within``.
+    """
+    old = of_runs(earlier).melt(_SAMPLE, var_name="number")
+    known = old.groupby([*_MODEL, "number"])["value"].agg(["mean", "var", "count"]).reset_index()
+    pooled = known.groupby(["kind", "maps", "number"]).agg(
+        variance=("var", "mean"), freedom=("count", lambda n: (n - 1).sum())
+    )
+    known = known.merge(pooled.reset_index())
+    reach = t.ppf((1 + confidence) / 2, known["freedom"]) * np.sqrt(known["variance"] * (1 + 1 / known["count"]))
+    known = known.assign(low=known["mean"] - reach, high=known["mean"] + reach)
+    compared = of_runs(table).melt(_SAMPLE, var_name="number").merge(known, on=[*_MODEL, "number"])
+    compared["within"] = compared["value"].between(compared["low"], compared["high"])
+    return compared[[*_SAMPLE, "number", "value", "low", "high", "within"]]

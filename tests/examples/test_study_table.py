@@ -1,0 +1,97 @@
+"""The table of a depth study: means over blocks and seeds, and whether another study lands within its spread."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import t
+from study_table import OF_A_RUN, READINGS, agreement, final, of_runs, summary, with_spread
+
+
+def make_table(seeds=3, depths=(2, 4), shift=0.0):
+    rng = np.random.default_rng(0)
+    rows = []
+    for kind, maps in (("vit", "applied"), ("deepvit", "applied"), ("deepvit", "softmax")):
+        for depth in depths:
+            for seed in range(seeds):
+                for epoch in (0, 7):
+                    readings = rng.normal(0.5, 0.1, (depth, len(READINGS))) + shift
+                    for block in range(depth):
+                        row = dict(zip(READINGS, readings[block], strict=True))
+                        row |= {"kind": kind, "maps": maps, "depth": depth, "seed": seed, "epoch": epoch}
+                        row |= {
+                            "block": block,
+                            "test_accuracy": 0.9 + 0.01 * seed,
+                            "similar_to_previous": block % 2 == 1,
+                        }
+                        if block == 0:
+                            row |= {"similarity_to_previous": np.nan, "similar_to_previous": np.nan}
+                        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def test_only_the_last_epoch_of_each_run_counts():
+    table = make_table()
+    assert set(final(table)["epoch"]) == {7}
+    longer = table[(table["seed"] == 0) & (table["epoch"] == 7)].assign(epoch=9)
+    mixed = final(pd.concat([table, longer]))
+    assert set(mixed["epoch"]) == {7, 9}
+    assert len(mixed) == len(table) / 2
+
+
+def test_numbers_of_a_run_are_means_over_its_blocks():
+    table = make_table()
+    runs = of_runs(table)
+    assert len(runs) == 3 * 2 * 3
+    one = runs[(runs["kind"] == "deepvit") & (runs["maps"] == "softmax") & (runs["depth"] == 4) & (runs["seed"] == 1)]
+    rows = [
+        row
+        for row in table.to_dict("records")
+        if (row["kind"], row["maps"], row["depth"], row["seed"], row["epoch"]) == ("deepvit", "softmax", 4, 1, 7)
+    ]
+    for name, reading in OF_A_RUN.items():
+        values = [row[reading] for row in rows if row[reading] == row[reading]]
+        assert one[name].item() == pytest.approx(sum(values) / len(values))
+    assert one["similar blocks"].item() == 2
+    assert one["accuracy"].item() == pytest.approx(0.91)
+
+
+def test_summary_has_mean_and_deviation_over_seeds():
+    table = make_table()
+    values = of_runs(table).query("kind == 'vit' and depth == 2")["M"].to_numpy()
+    row = summary(table).loc[("vit", "applied", 2)]
+    assert row["M", "mean"] == pytest.approx(values.mean())
+    assert row["M", "std"] == pytest.approx(values.std(ddof=1))
+    assert with_spread(0.5, 0.01) == "0.500±0.010"
+    assert with_spread(0.5, np.nan) == "0.500"
+
+
+def test_a_study_agrees_with_itself_and_not_with_a_shifted_one():
+    table = make_table()
+    same = agreement(table[table["seed"] == 1], table)
+    assert same["within"].all()
+    assert len(same) == 6 * (2 + len(OF_A_RUN))
+    other = agreement(make_table(shift=2.0), table)
+    assert not other.query("number == 'M'")["within"].any()
+    assert other.query("number == 'accuracy'")["within"].all()
+
+
+def test_the_interval_is_that_of_one_more_seed_with_pooled_variance():
+    table = make_table()
+    row = agreement(table, table).query("kind == 'vit' and depth == 4 and seed == 0 and number == 'M'").iloc[0]
+    runs = of_runs(table).query("kind == 'vit'")
+    variance = np.mean([runs[runs["depth"] == depth]["M"].var(ddof=1) for depth in (2, 4)])
+    reach = t.ppf(0.995, 4) * np.sqrt(variance * (1 + 1 / 3))
+    mean = runs[runs["depth"] == 4]["M"].mean()
+    assert (row["low"], row["high"]) == pytest.approx((mean - reach, mean + reach))
+
+
+def test_a_single_seed_has_no_spread_to_land_in():
+    table = make_table(seeds=1)
+    assert not agreement(table, table)["within"].any()
+
+
+def test_what_only_one_study_holds_is_left_out():
+    table = make_table()
+    assert set(agreement(table, table[table["depth"] == 2])["depth"]) == {2}

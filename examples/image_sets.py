@@ -25,8 +25,9 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.transforms import v2
 
-from collapse_probe.errors import ImagesError
+from collapse_probe.errors import ImagesError, UsageError
 from collapse_probe.files import write_atomically
+from collapse_probe.loading.decode import decode
 
 #: Called with the number of images read and of all images.
 Watch = Callable[[int, int], None]
@@ -72,10 +73,13 @@ def prepare(name: str, source: Path, size: int, folder: Path, watch: Watch) -> N
 
     Raises:
         ImagesError: the source does not hold such images.
+        UsageError: the folder holds other images.
     """
-    wanted = {"name": name, "source": "scikit-learn" if name == "digits" else str(source), "size": size}
-    if (folder / "about.json").exists() and about(folder).items() >= wanted.items():
-        return
+    wanted = {"name": name, "source": "scikit-learn" if name == "digits" else str(source.resolve()), "size": size}
+    if (folder / "about.json").exists():
+        if about(folder).items() >= wanted.items():
+            return
+        raise UsageError(f"{folder} holds other images (see about.json): choose another --out, or remove the folder.")
     if name == "digits":
         train, test = _digits()
         classes = 10
@@ -108,7 +112,11 @@ def load(folder: Path) -> ImageSet:
 
 def about(folder: Path) -> dict[str, Any]:
     """What the images of a folder are: name, source, side in pixels, classes, mean and standard deviation."""
-    return json.loads((folder / "about.json").read_text(encoding="utf-8"))
+    path = folder / "about.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UsageError(f"{path} is damaged: remove {folder}, and the images are prepared again.") from None
 
 
 def _statistics(images: NDArray[np.uint8]) -> tuple[list[float], list[float]]:
@@ -121,12 +129,17 @@ def _statistics(images: NDArray[np.uint8]) -> tuple[list[float], list[float]]:
 
 
 def _digits() -> tuple[Split, Split]:
-    """scikit-learn's 1797 digits: 1347 to train on, 450 to test; values 0..16 scaled to 0..255."""
+    """scikit-learn's 1797 digits: 1347 to train on, 450 to test."""
     digits = load_digits()
-    images = np.rint(digits.images * 255 / 16).astype(np.uint8)[:, None]
+    images = digits_pixels(digits.images)[:, None]
     train, test = digits_split(digits.target)
     labels = digits.target.astype(np.int64)
     return (images[train], labels[train]), (images[test], labels[test])
+
+
+def digits_pixels(values: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """Values 0..16 scaled to 0..255."""
+    return np.rint(values * 255 / 16).astype(np.uint8)
 
 
 def digits_split(labels: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -191,6 +204,9 @@ def _folder(root: Path, size: int, watch: Watch) -> tuple[Split, Split, int]:
         if test.classes != train.classes:
             raise ImagesError(f"{train_root} and {test_root} hold different classes (folders).")
         listings = [train.samples, test.samples]
+    # Listings go class by class; what looks at the first images must not see the first classes only.
+    rng = np.random.default_rng(0)
+    listings = [[samples[index] for index in rng.permutation(len(samples))] for samples in listings]
     total = sum(map(len, listings))
     first = _resized(listings[0], size, lambda done: watch(done, total))
     second = _resized(listings[1], size, lambda done: watch(len(listings[0]) + done, total))
@@ -214,9 +230,8 @@ def _resized(samples: list[tuple[str, int]], size: int, watch: Callable[[int], N
     images = np.empty((len(samples), 3, size, size), dtype=np.uint8)
     for index, (path, _) in enumerate(samples):
         try:
-            with Image.open(path) as image:
-                images[index] = np.asarray(fit(image.convert("RGB"))).transpose(2, 0, 1)
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            images[index] = np.asarray(fit(decode(Path(path)).convert("RGB"))).transpose(2, 0, 1)
+        except Exception as error:  # Pillow's plugins raise anything
             raise ImagesError(f"{path} cannot be read as an image: {error}. Repair it or remove it.") from None
         watch(index + 1)
     return images, np.array([label for _, label in samples], dtype=np.int64)

@@ -84,7 +84,10 @@ def similar_blocks(table: pd.DataFrame, thresholds: tuple[float, ...] = (0.9, 0.
 
 
 def similarity_heatmaps(heatmaps: Heatmaps) -> Figure:
-    """M between all blocks, the mean over seeds: a row per kind of map, a column per depth."""
+    """M between all blocks, the mean over seeds: a row per kind of map, a column per depth.
+
+    Below each: M of neighbouring blocks, mean ± standard deviation over seeds.
+    """
     depths = sorted({depth for _, _, depth, _ in heatmaps})
     rows = [pair for pair in _NAMES if any((kind, maps) == pair for kind, maps, _, _ in heatmaps)]
     figure, axes = _figure(1.75 * len(depths) + 0.9, 1.75 * len(rows) + 0.3, len(depths), len(rows))
@@ -93,19 +96,23 @@ def similarity_heatmaps(heatmaps: Heatmaps) -> Figure:
         for column, depth in enumerate(depths):
             ax: Axes = grid[row, column]
             seeds = [matrix.to_numpy() for key, matrix in heatmaps.items() if key[:3] == (*pair, depth)]
-            if not seeds:
-                ax.set_axis_off()
-                continue
-            # Signed, as maps mixed after the softmax may oppose each other.
-            image = ax.imshow(np.mean(seeds, axis=0), cmap="PuOr_r", vmin=-1, vmax=1)
-            ticks = [0, depth // 2, depth - 1]
-            ax.set(xticks=ticks, yticks=ticks)
-            ax.grid(visible=False)
-            ax.tick_params(length=2, labelsize=7)
             if row == 0:
                 ax.set_title(f"{depth} blocks", fontsize=9)
             if column == 0:
                 ax.set_ylabel(_NAMES[pair].replace(", ", ",\n"))
+            if not seeds:
+                ax.set(xticks=[], yticks=[])
+                sns.despine(ax=ax, left=True, bottom=True)
+                continue
+            # Signed, as maps mixed after the softmax may oppose each other.
+            image = ax.imshow(np.mean(seeds, axis=0), cmap="PuOr_r", vmin=-1, vmax=1)
+            ticks = [0, depth // 2, depth - 1]
+            neighbours = [np.diagonal(matrix, 1).mean() for matrix in seeds]
+            spread = f" ± {np.std(neighbours, ddof=1):.2f}" if len(seeds) > 1 else ""
+            ax.set(xticks=ticks, yticks=ticks)
+            ax.set_xlabel(f"neighbours {np.mean(neighbours):.2f}{spread}", fontsize=7)
+            ax.grid(visible=False)
+            ax.tick_params(length=2, labelsize=7)
     figure.colorbar(image, ax=axes, label="M", shrink=0.6)
     return figure
 
@@ -123,20 +130,23 @@ def by_block(table: pd.DataFrame, reading: str, label: str, one_per_model: bool)
 
 
 def over_training(table: pd.DataFrame) -> Figure:
-    """M, centred M, the image-independent part and entropy of the deepest models at epochs on a logarithmic axis."""
+    """M and its parts, entropy and accuracy of the deepest models, at epochs on a logarithmic axis."""
     deepest = table[table["depth"] == table["depth"].max()]
     means = deepest.groupby(["model", "seed", "epoch"]).mean(numeric_only=True).reset_index()
     panels = {
         "similarity_to_previous": "M", "image_independent_to_previous": "Image-independent part",
         "centred_to_previous": "Centred M", "normalized_entropy": "Entropy / log K", ACCURACY: "Test accuracy",
     }  # fmt: skip
-    figure, axes = _figure(9.2, 2.7, len(panels))
-    for ax, (reading, label) in zip(axes, panels.items(), strict=True):
+    figure, axes = _figure(6.8, 4.4, 3, 2)
+    for ax in axes[len(panels) :]:
+        ax.remove()
+    for ax, (reading, label) in zip(axes, panels.items(), strict=False):
         rows = means if "previous" in reading else means[means["model"] != UNDERNEATH]
         _lines(ax, rows, "epoch", reading)
         ax.set_xscale("symlog", linthresh=1)
         epochs = sorted(means["epoch"].unique())
-        ax.set_xticks(epochs, [str(epoch) if place % 2 == 0 else "" for place, epoch in enumerate(epochs)])
+        ax.set_xticks(epochs, [str(epoch) if epoch in (0, 1, 5, 20, epochs[-1]) else "" for epoch in epochs])
+        ax.set_xlim(-0.2, epochs[-1] * 1.2)
         ax.minorticks_off()
         ax.set(xlabel="Epoch", ylabel="", title=label)
     figure.suptitle(f"{table['depth'].max()} blocks, mean over blocks; epoch 0: before training", fontsize=9)

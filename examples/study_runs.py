@@ -98,6 +98,17 @@ class Run:
     def finished(self) -> bool:
         return self.readings.exists()
 
+    def table(self) -> pd.DataFrame:
+        """The readings of a finished run. Raises UsageError where the table is not whole."""
+        try:
+            table = pd.read_csv(self.readings)
+        except ValueError:
+            table = pd.DataFrame()
+        rows = self.depth * len(self.looks) * len(MAPS[self.kind])
+        if len(table) != rows or table.iloc[-1].isna().any():
+            raise UsageError(f"{self.readings} is damaged: remove {self.folder} to start this run again.")
+        return table
+
     @property
     def looks(self) -> tuple[int, ...]:
         """When it is analysed: before training, after 1, 2, 5, 10, 20, 50… epochs, and at the end."""
@@ -109,7 +120,7 @@ class Run:
         """What its results depend on beside kind, depth and seed."""
         about = image_sets.about(self.data)
         sizes = {"size": asdict(self.size), "recipe": asdict(self.recipe)}
-        return {"data": about, **sizes, "images_analysed": self.images, "training_images_at_most": self.limit}
+        return {"data": about, **sizes, "images_analysed_at_most": self.images, "training_images_at_most": self.limit}
 
     def analysis(self, epoch: int, maps: str) -> Path:
         """The folder of one of its analyses."""
@@ -176,7 +187,12 @@ def check_settings(run: Run) -> None:
     path, settings = run.folder / "run.json", json.loads(json.dumps(run.settings))
     if not path.exists():
         write_atomically(path, json.dumps(settings, indent=1))
-    elif json.loads(path.read_text(encoding="utf-8")) != settings:
+        return
+    try:
+        same = json.loads(path.read_text(encoding="utf-8")) == settings
+    except ValueError:
+        raise UsageError(f"{path} is damaged: remove {run.folder} to start this run again.") from None
+    if not same:
         raise UsageError(f"{run.folder} belongs to a study with other settings (see run.json): choose another --out.")
 
 
@@ -212,6 +228,8 @@ def _work(run: Run) -> str:
         perform(run, lambda epoch, reached: _reports.put((run.name, epoch, reached)))
     except CollapseProbeError as error:
         return f"{run.name}: {error}"
+    except Exception as error:  # the other runs go on
+        return f"{run.name}: {type(error).__name__}: {error}"
     return ""
 
 
@@ -224,10 +242,12 @@ def _shown(reports: Any, total: int) -> Iterator[None]:
     )  # fmt: skip
 
     def follow() -> None:
-        task = bar.add_task("Training", total=total)
+        task, done = bar.add_task("Training", total=total), {}
         while (report := reports.get()) is not None:
             name, epoch, reached = report
-            bar.update(task, description=f"{name}, epoch {epoch}: accuracy {reached:.3f}", advance=1)
+            done[name] = epoch + 1  # a run that is continued does not report what was done before
+            description = f"{name}, epoch {epoch}: accuracy {reached:.3f}"
+            bar.update(task, description=description, completed=sum(done.values()))
 
     with bar:
         thread = threading.Thread(target=follow, daemon=True)
@@ -237,6 +257,11 @@ def _shown(reports: Any, total: int) -> Iterator[None]:
         finally:
             reports.put(None)
             thread.join()
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def perform_all(runs: Sequence[Run], jobs: int) -> list[str]:
@@ -252,7 +277,8 @@ def perform_all(runs: Sequence[Run], jobs: int) -> list[str]:
     if not waiting:
         return []
     total = sum(run.recipe.epochs + 1 for run in waiting)
-    threads = max((os.cpu_count() or 1) // jobs, 1)
+    jobs = min(jobs, len(waiting))
+    threads = max(cores() // jobs, 1)
     if jobs == 1:
         reports: Any = queue.Queue()
         _connect(reports, threads)

@@ -20,11 +20,11 @@ ACCURACY = "test_accuracy"
 #: Numbers of a run that a study is summed up by -> the reading whose mean over the blocks they are.
 OF_A_RUN = {
     "M": "similarity_to_previous",
-    "image-independent": "image_independent_to_previous",
+    "image-indep.": "image_independent_to_previous",
     "centred M": "centred_to_previous",
-    "cross-head similarity": "cross_head_similarity",
-    "entropy / log K": "normalized_entropy",
-    "token similarity": "token_similarity",
+    "heads": "cross_head_similarity",
+    "entropy": "normalized_entropy",
+    "tokens": "token_similarity",
 }
 _MODEL, _SAMPLE = ["kind", "maps", "depth"], ["kind", "maps", "depth", "seed"]
 
@@ -35,11 +35,23 @@ def final(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def of_runs(table: pd.DataFrame) -> pd.DataFrame:
-    """A row per run and kind of map at its end: accuracy, readings averaged over blocks, number of similar blocks."""
+    """A row per run and kind of map at its end.
+
+    Columns: ``accuracy``; readings averaged over blocks, as :data:`OF_A_RUN` names them; ``late rise``, how far M in
+    the last quarter of the blocks lies above M in the two quarters before it (absent below 4 blocks); ``similar``, the
+    number of similar blocks.
+    """
     runs = final(table).groupby(_SAMPLE)
     columns = {name: runs[reading].mean() for name, reading in OF_A_RUN.items()}
-    similar = runs["similar_to_previous"].agg(lambda flags: flags.fillna(0).astype(bool).sum())
-    return pd.DataFrame({"accuracy": runs[ACCURACY].first(), **columns, "similar blocks": similar}).reset_index()
+    columns["late rise"] = runs[["depth", "block", "similarity_to_previous"]].apply(_late_rise)
+    columns["similar"] = runs["similar_to_previous"].agg(lambda flags: flags.fillna(0).astype(bool).sum())
+    return pd.DataFrame({"accuracy": runs[ACCURACY].first(), **columns}).reset_index()
+
+
+def _late_rise(run: pd.DataFrame) -> float:
+    place = run["block"] / run["depth"]
+    values = run["similarity_to_previous"]
+    return float(values[place >= 0.75].mean() - values[(place >= 0.25) & (place < 0.75)].mean())
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -52,17 +64,37 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 def summary_table(numbers: pd.DataFrame) -> Table:
     """A summary for the terminal."""
     shown = Table(box=box.SIMPLE_HEAD, caption="mean ± standard deviation over seeds; readings are means over blocks")
-    for heading in ("depth", "kind", "maps", *numbers.columns.get_level_values(0).unique()):
-        shown.add_column(heading, justify="left" if heading in ("kind", "maps") else "right")
-    for (kind, maps, depth), row in numbers.iterrows():
-        cells = [with_spread(row[name, "mean"], row[name, "std"]) for name in row.index.get_level_values(0).unique()]
-        shown.add_row(str(depth), kind, maps, *cells)
+    headings, rows = _cells(numbers)
+    for heading in headings:
+        shown.add_column(heading, justify="left" if heading in ("kind", "maps") else "right", no_wrap=True)
+    for row in rows:
+        shown.add_row(*row)
     return shown
 
 
-def with_spread(mean: float, deviation: float) -> str:
+def as_markdown(numbers: pd.DataFrame) -> str:
+    """The same as a table in Markdown."""
+    headings, rows = _cells(numbers)
+    ruler = ["---" if heading in ("kind", "maps") else "---:" for heading in headings]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, ruler, *rows)) + "\n"
+
+
+def _cells(numbers: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    names = [str(name) for name in numbers.columns.get_level_values(0).unique()]
+    rows = []
+    for (kind, maps, depth), row in numbers.iterrows():
+        cells = [_with_spread(name, row[name, "mean"], row[name, "std"]) for name in names]
+        rows.append([str(depth), kind, maps, *cells])
+    return ["depth", "kind", "maps", *names], rows
+
+
+def _with_spread(name: str, mean: float, deviation: float) -> str:
     """``"0.71±0.02"``; without the deviation where there is a single seed."""
-    return f"{mean:.3f}" + (f"±{deviation:.3f}" if np.isfinite(deviation) else "")
+    places = {"accuracy": 3, "similar": 1}.get(name, 2)
+    if np.isnan(mean):
+        return "–"
+    words = f"{round(mean, places) + 0.0:.{places}f}"  # + 0.0: no "-0.00"
+    return words + (f"±{deviation:.{places}f}" if np.isfinite(deviation) else "")
 
 
 def agreement(table: pd.DataFrame, earlier: pd.DataFrame, confidence: float = 0.99) -> pd.DataFrame:
@@ -75,14 +107,15 @@ def agreement(table: pd.DataFrame, earlier: pd.DataFrame, confidence: float = 0.
     Returns:
         A row per model, seed and number: ``value``, the ends ``low`` and ``high``, and whether it is ``within``.
     """
-    old = of_runs(earlier).melt(_SAMPLE, var_name="number")
+    old = of_runs(earlier).melt(_SAMPLE, var_name="number").dropna()
     known = old.groupby([*_MODEL, "number"])["value"].agg(["mean", "var", "count"]).reset_index()
     pooled = known.groupby(["kind", "maps", "number"]).agg(
         variance=("var", "mean"), freedom=("count", lambda n: (n - 1).sum())
     )
     known = known.merge(pooled.reset_index())
     reach = t.ppf((1 + confidence) / 2, known["freedom"]) * np.sqrt(known["variance"] * (1 + 1 / known["count"]))
+    reach = np.where(known["number"] == "similar", np.maximum(reach, 1), reach)  # a block more or less
     known = known.assign(low=known["mean"] - reach, high=known["mean"] + reach)
-    compared = of_runs(table).melt(_SAMPLE, var_name="number").merge(known, on=[*_MODEL, "number"])
+    compared = of_runs(table).melt(_SAMPLE, var_name="number").dropna().merge(known, on=[*_MODEL, "number"])
     compared["within"] = compared["value"].between(compared["low"], compared["high"])
     return compared[[*_SAMPLE, "number", "value", "low", "high", "within"]]

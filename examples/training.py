@@ -104,7 +104,10 @@ def train(
     optimizer = create_optimizer_v2(model, opt="adamw", lr=recipe.lr, weight_decay=recipe.weight_decay)
     done = -1
     if state.exists():
-        saved = torch.load(state, weights_only=True, map_location="cpu")
+        try:
+            saved = torch.load(state, weights_only=True, map_location="cpu")
+        except Exception as error:  # torch and pickle raise anything on a damaged file
+            raise UsageError(f"{state} cannot be read ({error}): remove it to start this training again.") from None
         if saved["settings"] != settings:
             raise UsageError(f"{state} belongs to a training with other settings; choose another --out.")
         model.load_state_dict(saved["model"])

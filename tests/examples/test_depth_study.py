@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import depth_study
@@ -153,6 +156,74 @@ def test_a_study_is_compared_with_an_earlier_one(small, tmp_path):
     other.to_csv(tmp_path / "other.csv", index=False)
     done = study("--out", out, *TINY, "--compare", tmp_path / "other.csv", code=1)
     assert done.exit_code == 1
+    for content, words in (("", "no table"), ("a,b\n1,2\n", "no table"), (None, "no two seeds")):
+        if content is None:
+            other[other["seed"] == 0].to_csv(tmp_path / "other.csv", index=False)
+        else:
+            (tmp_path / "other.csv").write_text(content)
+        done = study("--out", tmp_path / "new", *TINY, "--compare", tmp_path / "other.csv", code=2)
+        assert words in str(done.exception)
+        assert not (tmp_path / "new").exists()
+
+
+def test_a_run_that_fails_leaves_the_others_alone(small, tmp_path):
+    shutil.copytree(small[0], tmp_path / "study")
+    runs = tmp_path / "study" / "runs"
+    for name in ("vit-3-seed0", "vit-3-seed1"):
+        (runs / name / "readings.csv").unlink()
+    (runs / "vit-3-seed0" / "state.pt").write_bytes(b"PK, but no more")
+    done = study("--out", tmp_path / "study", *TINY, code=1)
+    assert done.exit_code == 1
+    assert "Error: vit-3-seed0: " in done.stderr
+    assert "remove it to start this training again" in done.stderr
+    table = pd.read_csv(tmp_path / "study" / "depth_study.csv")
+    assert set(table.query("kind == 'vit' and depth == 3")["seed"]) == {1}
+    (runs / "vit-3-seed0" / "state.pt").unlink()
+    study("--out", tmp_path / "study", *TINY)
+    first, again = (pd.read_csv(folder / "depth_study.csv") for folder in (small[0], tmp_path / "study"))
+    pd.testing.assert_frame_equal(first, again)
+
+
+def test_an_unforeseen_error_is_a_sentence(tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(study_runs, "train", broken)
+    done = study("--out", tmp_path, *TINY, "--kinds", "vit", "--depths", "2", "--seeds", "1", code=1)
+    assert "Error: vit-2-seed0: MemoryError: no more" in done.stderr
+    assert done.exit_code == 1
+
+
+def test_damaged_tables_and_settings_are_told(small, tmp_path):
+    shutil.copytree(small[0], tmp_path / "study")
+    run = tmp_path / "study" / "runs" / "vit-2-seed0"
+    whole = (run / "readings.csv").read_text()
+    for content in ("", whole[:500], whole[:-300]):
+        (run / "readings.csv").write_text(content)
+        assert "readings.csv is damaged" in str(study("--out", tmp_path / "study", *TINY, code=2).exception)
+    (run / "readings.csv").write_text(whole)
+    (run / "run.json").write_text("{")
+    assert "run.json is damaged" in str(study("--out", tmp_path / "study", *TINY, code=2).exception)
+
+
+def test_what_is_named_twice_is_done_once(small):
+    words = [word if word != "2,3" else "2,3,2" for word in TINY]
+    study("--out", small[0], *words, "--kinds", "vit,vit,deepvit")
+    table = pd.read_csv(small[0] / "depth_study.csv")
+    assert len(table) == (2 + 3) * 2 * 4 * 3
+
+
+def test_ended_from_outside_it_leaves_no_process_behind(tmp_path):
+    words = [word if word != "3" else "5000" for word in TINY] + ["--jobs", "2", "--out", str(tmp_path)]
+    process = subprocess.Popen([sys.executable, str(EXAMPLES / "depth_study.py"), *words], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("runs/*/state.pt"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.terminate()
+    assert process.wait(60) == 143
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    time.sleep(1.5)  # an epoch takes a tenth of that
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_runs_side_by_side_give_what_they_give_one_by_one(small, tmp_path):

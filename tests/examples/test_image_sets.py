@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from collapse_probe.errors import ImagesError
+from collapse_probe.errors import ImagesError, UsageError
 
 
 def prepared(tmp_path, name, source=None, size=8):
@@ -96,6 +96,7 @@ def test_a_folder_without_parts_gives_a_fifth_of_each_class_for_testing(tmp_path
     assert data.classes == 2
     assert data.train_images.shape == (16, 3, 16, 16)
     assert torch.bincount(data.test_labels).tolist() == [2, 2]
+    assert set(data.test_labels[:2].tolist()) | set(data.train_labels[:6].tolist()) == {0, 1}  # not class by class
     seen = torch.cat([data.train_images, data.test_images])[:, :, 8, 8]
     assert len({tuple(colour.tolist()) for colour in seen}) == 20
 
@@ -105,7 +106,24 @@ def test_the_parts_of_a_folder_are_kept_apart(tmp_path):
     pictures(tmp_path / "pictures" / "val", count=1)
     data = prepared(tmp_path, "folder", tmp_path / "pictures", size=16)
     assert (len(data.train_images), len(data.test_images)) == (6, 2)
-    assert data.test_images[1, 0, 0, 0] == 100
+    assert sorted(data.test_images[:, 0, 0, 0].tolist()) == [0, 100]
+    assert (data.test_images[:, 0, 0, 0] == 100 * data.test_labels).all()
+
+
+def test_the_first_images_of_a_folder_are_of_all_classes(tmp_path):
+    pictures(tmp_path / "pictures" / "train", classes=("a", "b", "c"), count=30)
+    pictures(tmp_path / "pictures" / "val", classes=("a", "b", "c"), count=30)
+    data = prepared(tmp_path, "folder", tmp_path / "pictures")
+    assert set(data.test_labels[:20].tolist()) == set(data.limited(20).train_labels.tolist()) == {0, 1, 2}
+    assert (data.train_images[:, 0, 4, 4] == 100 * data.train_labels).all()
+
+
+def test_pictures_are_decoded_as_the_analysis_decodes_them(tmp_path):
+    for part in ("train", "val"):
+        (tmp_path / "pictures" / part / "odd").mkdir(parents=True)
+        Image.new("RGBA", (20, 20), (255, 0, 0, 0)).save(tmp_path / "pictures" / part / "odd" / "clear.png")
+    data = prepared(tmp_path, "folder", tmp_path / "pictures")
+    assert (data.train_images == 255).all()  # transparent is white, whatever colour hides there
 
 
 def test_what_is_prepared_is_not_prepared_again_unless_something_else_is_wanted(tmp_path):
@@ -114,8 +132,14 @@ def test_what_is_prepared_is_not_prepared_again_unless_something_else_is_wanted(
     first = prepared(tmp_path, "folder", source, size=16)
     (source / "cat" / "0.png").write_bytes(b"no picture any more")
     assert torch.equal(prepared(tmp_path, "folder", source, size=16).train_images, first.train_images)
-    with pytest.raises(ImagesError, match="cannot be read as an image"):
+    with pytest.raises(UsageError, match="holds other images"):
         prepared(tmp_path, "folder", source, size=8)
+    assert torch.equal(image_sets.load(tmp_path / "data").train_images, first.train_images)
+    with pytest.raises(ImagesError, match=r"0\.png cannot be read as an image"):
+        image_sets.prepare("folder", source, 8, tmp_path / "other", lambda *_: None)
+    (tmp_path / "data" / "about.json").write_text("{")
+    with pytest.raises(UsageError, match="is damaged"):
+        prepared(tmp_path, "folder", source, size=16)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import t
-from study_table import OF_A_RUN, READINGS, agreement, final, of_runs, summary, with_spread
+from study_table import OF_A_RUN, READINGS, agreement, as_markdown, final, of_runs, summary
 
 
 def make_table(seeds=3, depths=(2, 4), shift=0.0):
@@ -53,7 +53,7 @@ def test_numbers_of_a_run_are_means_over_its_blocks():
     for name, reading in OF_A_RUN.items():
         values = [row[reading] for row in rows if row[reading] == row[reading]]
         assert one[name].item() == pytest.approx(sum(values) / len(values))
-    assert one["similar blocks"].item() == 2
+    assert one["similar"].item() == 2
     assert one["accuracy"].item() == pytest.approx(0.91)
 
 
@@ -63,15 +63,25 @@ def test_summary_has_mean_and_deviation_over_seeds():
     row = summary(table).loc[("vit", "applied", 2)]
     assert row["M", "mean"] == pytest.approx(values.mean())
     assert row["M", "std"] == pytest.approx(values.std(ddof=1))
-    assert with_spread(0.5, 0.01) == "0.500±0.010"
-    assert with_spread(0.5, np.nan) == "0.500"
+    mean, deviation = row["M", "mean"], row["M", "std"]
+    assert f"| 2 | vit | applied | 0.910±0.010 | {mean:.2f}±{deviation:.2f} |" in as_markdown(summary(table))
+    alone = as_markdown(summary(table[table["seed"] == 0]))
+    assert "| 4 | vit | applied | 0.900 |" in alone
+    assert "±" not in alone
+
+
+def test_the_late_rise_is_the_last_quarter_above_the_middle():
+    table = make_table(depths=(8,))
+    table.loc[table["block"] >= 1, "similarity_to_previous"] = table["block"] ** 2
+    # last quarter: blocks 6 and 7; middle: blocks 2 to 5
+    assert (of_runs(table)["late rise"] == (36 + 49) / 2 - (4 + 9 + 16 + 25) / 4).all()
 
 
 def test_a_study_agrees_with_itself_and_not_with_a_shifted_one():
     table = make_table()
     same = agreement(table[table["seed"] == 1], table)
     assert same["within"].all()
-    assert len(same) == 6 * (2 + len(OF_A_RUN))
+    assert len(same) == 6 * (2 + len(OF_A_RUN)) + 3  # the late rise at depth 4 only
     other = agreement(make_table(shift=2.0), table)
     assert not other.query("number == 'M'")["within"].any()
     assert other.query("number == 'accuracy'")["within"].all()

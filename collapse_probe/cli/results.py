@@ -62,7 +62,8 @@ def show(analysis: Analysis, out: str | None) -> None:
     from collapse_probe.cli.output import PipeConsole, printing
     from collapse_probe.report.terminal import print_summary
 
+    closing = []
+    if out is not None:
+        closing = [f"Written to {out}: analysis.json, arrays.npz, layers.csv, similarity.csv, figures/, report.html"]
     with printing():
-        print_summary(analysis, PipeConsole())
-        if out is not None:
-            print(f"\nWritten to {out}: analysis.json, arrays.npz, layers.csv, similarity.csv, figures/, report.html")
+        print_summary(analysis, PipeConsole(), closing)

@@ -6,6 +6,7 @@ and the caller's matplotlib settings stay as they were.
 
 from __future__ import annotations
 
+from collapse_probe.plots.comparison import curves_compared, heatmaps_compared
 from collapse_probe.plots.curves import adjacent_similarity, entropy, head_diversity
 from collapse_probe.plots.details import similarity_by_head, similarity_by_token
 from collapse_probe.plots.families import (
@@ -26,10 +27,12 @@ __all__ = [
     "Gallery",
     "across_layers",
     "adjacent_similarity",
+    "curves_compared",
     "entropy",
     "entropy_and_rank",
     "head_diversity",
     "heads",
+    "heatmaps_compared",
     "layer_similarity",
     "norms_and_branches",
     "overview",

@@ -5,8 +5,17 @@ All three lead with the verdict and end with what was not measured. None of them
 
 from __future__ import annotations
 
+from collapse_probe.report.comparison import render_comparison, write_comparison
 from collapse_probe.report.html import render_html, write_report
 from collapse_probe.report.notebook import to_html
-from collapse_probe.report.terminal import print_summary
+from collapse_probe.report.terminal import print_comparison, print_summary
 
-__all__ = ["print_summary", "render_html", "to_html", "write_report"]
+__all__ = [
+    "print_comparison",
+    "print_summary",
+    "render_comparison",
+    "render_html",
+    "to_html",
+    "write_comparison",
+    "write_report",
+]

@@ -6,14 +6,17 @@ the terminal. Consoles whose encoding is not UTF-8 receive plain ASCII.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.measure import Measurement
 from rich.segment import Segments
 from rich.table import Table
 from rich.text import Text
 
 from collapse_probe.report import content
+from collapse_probe.report.compared import numbers
 from collapse_probe.result import Analysis, Finding
 
 _STYLES = {"problem": "bold red", "warning": "bold yellow", "note": "bold blue", "ok": "bold green"}
@@ -30,8 +33,14 @@ _TABLE_WIDTH, _UNBOUNDED = 80, 1000
 _ASCII = str.maketrans({"✗": "x", "✓": "+", "±": "+/-", "·": "|", "–": "-", "—": "-", "−": "-", "…": "...", "≥": ">="})
 
 
-def print_summary(analysis: Analysis, console: Console) -> None:
-    """Print the analysis for a human reader; everything fits 80 columns; with 100 most tables have all errors."""
+def print_summary(analysis: Analysis, console: Console, closing: Sequence[str] = ()) -> None:
+    """Print the analysis for a human reader; everything fits 80 columns; with 100 most tables have all errors.
+
+    Args:
+        analysis: what to print.
+        console: where.
+        closing: lines at the end, never wrapped: they may hold paths.
+    """
     writer = _Writer(console)
     writer.line(content.headline(analysis), "bold")
     writer.findings(content.ordered(analysis.findings))
@@ -41,10 +50,34 @@ def print_summary(analysis: Analysis, console: Console) -> None:
     writer.gaps([*content.gaps(analysis), *_absent(analysis)])
     for label, line in content.origin(analysis):
         writer.line(f"{label}: {line}", "dim")
+    writer.closing(closing)
 
 
 def _absent(analysis: Analysis) -> list[tuple[str, str]]:
     return [(f"{metric} ({where})", why) for metric, where, why in content.absent(analysis)]
+
+
+def print_comparison(analyses: Mapping[str, Analysis], console: Console, closing: Sequence[str] = ()) -> None:
+    """Print several analyses side by side: each one's verdict in a line or two, then the same readings of all.
+
+    Args:
+        analyses: what to print, by label.
+        console: where.
+        closing: as for :func:`print_summary`.
+    """
+    writer = _Writer(console)
+    for label, analysis in analyses.items():
+        writer.line(f"{label}: {content.headline(analysis)}", "bold")
+        writer.verdict(content.ordered(analysis.findings))
+        writer.line("")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
+    table.add_column("mean over blocks\n(range)", overflow="fold")
+    for label in analyses:
+        table.add_column(writer.text(label.replace(", ", ",\n")), justify="right", overflow="fold")
+    for label, cells in numbers(analyses):
+        table.add_row(*(writer.text(words) for words in (label, *cells)))
+    writer.wide(table)
+    writer.closing(closing)
 
 
 class _Writer:
@@ -82,15 +115,38 @@ class _Writer:
         self.line("")
         self.show(grid if findings else self.text("No findings: this analysis holds no verdict."))
 
+    def verdict(self, findings: list[Finding]) -> None:
+        """Titles and evidence only."""
+        grid = Table.grid(padding=(0, 1))
+        for finding in findings:
+            symbol, word = content.severity(finding)
+            mark = self.text(f"{symbol} {word.upper()}", _STYLES.get(finding.severity, "bold"))
+            grid.add_row(mark, self.text(finding.title))
+            grid.add_row("", self.text(finding.evidence, "dim"))
+        self.show(grid)
+
+    def closing(self, lines: Sequence[str]) -> None:
+        """Lines at the end, whole."""
+        if lines:
+            self.line("")
+        for line in lines:
+            self.console.print(self.text(line), soft_wrap=True, highlight=False)
+
+    def wide(self, table: Table) -> None:
+        """A table that keeps its width: a narrower console wraps its lines; rich would break numbers apart."""
+        self.console.print(Segments(self.console.render(table, self.wide_options())), crop=False, end="")
+
+    def wide_options(self) -> ConsoleOptions:
+        return self.console.options.update(width=max(self.console.width, _TABLE_WIDTH))
+
     def table(self, analysis: Analysis) -> None:
         rows = content.rows(analysis)
-        # A narrower console wraps long lines by itself; rich would shrink columns until digits are lost.
-        options = self.console.options.update(width=max(self.console.width, _TABLE_WIDTH))
+        options = self.wide_options()
         table = self._table(analysis, rows, with_errors=True)
         if Measurement.get(self.console, options.update(width=_UNBOUNDED), table).maximum > options.max_width:
             table = self._table(analysis, rows, with_errors=False)
         self.line("")
-        self.console.print(Segments(self.console.render(table, options)), crop=False, end="")
+        self.wide(table)
         self.line(_FOOTNOTE, "dim")
         if elided := content.elided(rows):
             self.line(f"… stands for {elided}", "dim")

@@ -74,7 +74,7 @@ def analyze(
 
     Args:
         model: an `nn.Module`, a timm name (its pretrained weights), or a path to weights. Without it, the bundled
-            model on the bundled images.
+            ``digits_vit_24b``.
         images: a folder (flat or nested), a tensor `[N, C, H, W]` already preprocessed, or a `DataLoader`. Without it,
             the bundled pictures of digits, with a warning: readings on the model's own kind of images will differ.
         arch: timm's name of the architecture that the weights belong to, where the file does not say.
@@ -172,8 +172,8 @@ interpolation, progress, settings: as those of :func:`analyze`; the same for all
     if model is None:
         model = bundled_models.bundled_weights()
         if not bundled:
-            warnings.warn("No model given: analysing the bundled model for 8x8 pictures of digits.", stacklevel=3)
-    elif bundled:
+            warnings.warn("No model given: analysing the bundled ViT for 8x8 pictures of digits.", stacklevel=3)
+    elif bundled and model not in bundled_models.BUNDLED:
         warnings.warn(
             "No images given: measuring on the bundled pictures of digits. Readings on the model's own kind of images "
             "will differ; give a folder of them with --images.",
@@ -228,6 +228,7 @@ interpolation, progress, settings: as those of :func:`analyze`; the same for all
     }
     partial.provenance["normalisation"] = untouched_norms(network)
     partial.provenance["non_finite_weights"] = non_finite(network)
+    partial.provenance["mixed_after_softmax"] = run.mixed
     partial.provenance["unused_heads"] = unused_heads(network, run.heads())
     if run.verification is not None:
         partial.provenance["verification"] = run.verification.to_dict()

@@ -33,7 +33,8 @@ class Options:
 
     def described(self) -> dict[str, Any]:
         """What results may depend on, as plain data."""
-        return {name: value for name, value in vars(self).items() if name not in ("tile_bytes", "shard")}
+        kept = {name: value for name, value in vars(self).items() if name not in ("tile_bytes", "shard")}
+        return {**kept, "layers": list(self.layers)}  # as it comes back from a file
 
     def check(self) -> None:
         """Raises UsageError where a value is out of range."""

@@ -101,6 +101,7 @@ class Run:
         self._turned = False  # whether a batch was turned around, to see that images are told apart
         self._waiting: list[_Waiting] = []
         self._order: list[str] = []
+        self.mixed: list[str] = []  # layers that apply something else than their softmax map
         self._shapes: list[tuple[int, ...]] = []
         self._no_features: dict[str, str] = {}
         self._started = time.perf_counter()
@@ -237,6 +238,7 @@ class Run:
     ) -> None:
         self._order = list(maps)
         self._shapes = _sizes(maps, features)
+        self.mixed = [name for name in maps if not captured.maps[name].is_probability]
         self.not_captured = dict(captured.not_captured)
         self.verification = captured.verification
         for name, item in captured.maps.items():

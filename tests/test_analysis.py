@@ -147,6 +147,21 @@ def test_reattention_applied_and_softmax():
     assert applied.similarity.to_numpy().min() < 0.9
     assert not np.allclose(applied.similarity, softmax.similarity, atol=0.01)
     np.testing.assert_allclose(applied.layers["entropy"], softmax.layers["entropy"], atol=1e-12)
+    for result in (applied, softmax):
+        assert result.provenance["mixed_after_softmax"] == [f"blocks.{number}.attn" for number in range(3)]
+
+
+def test_uniform_maps_that_are_mixed_afterwards_are_not_called_a_mean():
+    """Re-attention may enlarge what little they differ in; without it they are what multiplies the values."""
+    plain, mixed = (
+        cp.analyze(timm.create_model(name, img_size=32, depth=3).eval(), IMAGES, attention="softmax")
+        for name in ("deepvit_vit_16b", "deepvit_16b")
+    )
+    assert plain.provenance["mixed_after_softmax"] == []
+    assert "could be replaced by a mean" in plain.finding("uniform-attention").advice
+    finding = mixed.finding("uniform-attention")
+    assert "replaced by a mean" not in finding.advice
+    assert "Set the queries to zero" in finding.advice
 
 
 def test_loaders_and_tensors_agree(model):

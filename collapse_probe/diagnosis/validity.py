@@ -47,6 +47,14 @@ def _weights_not_finite(names: list[str]) -> Finding:
     )
 
 
+_LOADED = "Check that trained weights were loaded and that they belong to this architecture; if so, "
+_AVERAGED = _LOADED + "these layers average their tokens and could be replaced by a mean."
+_MIXED = _LOADED + (
+    "what is mixed after the softmax may enlarge what little these maps differ in. Set the queries to zero and see "
+    "whether accuracy falls: if it does not, these layers need no attention."
+)
+
+
 def uniform(case: Case) -> list[Finding]:
     """Attention that hardly tells tokens apart: everywhere in a network that was not trained, else a note."""
     own = case.uniform & ~case.explained
@@ -54,10 +62,12 @@ def uniform(case: Case) -> list[Finding]:
         return []
     limits, table = case.limits, case.table[own]
     everywhere, norms = case.everywhere_uniform, untouched_norms(case)
+    mixed = set(table.index) <= set(case.analysis.provenance.get("mixed_after_softmax", ()))
+    what = "Attention is nearly uniform before it is mixed over the heads" if mixed else "Attention is nearly uniform"
     if not everywhere:
-        title = f"Attention is nearly uniform in {blocks(table.index)}."
+        title = f"{what}, in {blocks(table.index)}." if mixed else f"{what} in {blocks(table.index)}."
     elif norms is False:
-        title = "Attention is nearly uniform, although this network has been trained."
+        title = f"{what}, although this network has been trained."
     else:
         title = (
             "Attention is nearly uniform: this network looks untrained. Whatever its similarities, this is not "
@@ -76,14 +86,14 @@ def uniform(case: Case) -> list[Finding]:
     return [
         Finding(
             code="uniform-attention",
-            severity="problem" if everywhere else "note",
+            # A trained model may work with what is mixed from maps that hardly differ.
+            severity="note" if not everywhere else "warning" if mixed and norms is False else "problem",
             title=title,
             evidence=evidence,
             threshold=f"entropy over log K at least {limits.uniform_entropy:g} (or within {limits.uniform_deficit:g} "
             f"nats of log K), and r at most {limits.uniform_variation:g}{beside_masks}",
             source=limits.uniform_entropy.origin,
-            advice="Check that trained weights were loaded and that they belong to this architecture; if so, these "
-            "layers average their tokens and could be replaced by a mean.",
+            advice=(_MIXED if mixed else _AVERAGED),
             layers=tuple(table.index),
             readings=finding_readings(
                 {name: table[name] for name in names}, {name: case.reading(f"{name}_se")[own] for name in names}

@@ -53,7 +53,8 @@ def dead_heads(case: Case) -> list[Finding]:
         return []
     total, everything = sum(map(len, heads.values())), int(case.table["heads"].sum())
     listed = "; ".join(f"{name}: {', '.join(map(str, numbers))}" for name, numbers in list(heads.items())[:4])
-    more = f" and {len(heads) - 4} more layers" if len(heads) > 4 else ""
+    others = len(heads) - 4
+    more = f" and {others} more layer{'s' if others > 1 else ''}" if others > 0 else ""
     counted = [
         f"{sum(int(mask.sum()) for mask in found.values())} {what}"
         for found, what in ((constant, "attend alike for every query"), (silent, "add nothing to any token"))

@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: help demo test lint sweep clean
 
 help:
-	@echo "make demo   analyse the bundled model and write demo/report.html"
+	@echo "make demo   analyse the bundled ViT and DeepViT and write demo/report.html"
 	@echo "make test   run the tests"
 	@echo "make lint   check style and types"
 	@echo "make sweep  run the long tests"

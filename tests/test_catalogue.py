@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 
 FEW = (
     "deit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "cait_xxs24_224", "xcit_nano_12_p8_224", "mvitv2_tiny",
-    "vit_dwee_patch16_reg1_gap_256", "gcvit_xxtiny", "digits_vit_12b", "resnet18",
+    "vit_dwee_patch16_reg1_gap_256", "gcvit_xxtiny", "digits_vit_24b", "resnet18",
 )  # fmt: skip
 MANY = (
     "beit_base_patch16_224", "caformer_s18", "coat_tiny", "convit_tiny", "cpubone_nano", "crossvit_tiny_240", "csatv2",
@@ -132,7 +132,7 @@ def test_size_and_arguments_reach_the_model():
 
 
 def test_bundled_and_tagged_names_are_described():
-    assert describe("digits_vit_12b").source == "collapse_probe"
+    assert describe("digits_vit_24b").source == "collapse_probe"
     assert len(describe("vit_tiny_patch16_224.augreg_in21k").layers) == 12
 
 

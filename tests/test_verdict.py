@@ -18,7 +18,8 @@ import collapse_probe as cp
 import collapse_probe.models  # registers the bundled architectures
 from collapse_probe.diagnosis import Threshold, Thresholds, diagnose
 
-START = 6  # of 12 blocks
+START, LAST = 12, 23  # of 24 blocks
+UNIFORM = 11  # the block of the trained model whose attention is nearly uniform: it is alike to nothing
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +28,14 @@ def images():
 
 
 def trained():
-    return timm.create_model("digits_vit_12b", pretrained=True).eval()
+    return timm.create_model("digits_vit_24b", pretrained=True).eval()
 
 
-def blocks(first, last=11):
+def blocks(first, last=LAST):
     return tuple(f"blocks.{number}.attn" for number in range(first, last + 1))
 
 
-def wrapped(first, last=11):
+def wrapped(first, last=LAST):
     """Names of layers whose blocks were put into another module."""
     return tuple(f"blocks.{number}.block.attn" for number in range(first, last + 1))
 
@@ -57,7 +58,11 @@ PANEL = {
 @pytest.fixture(scope="module", params=list(PANEL))
 def broken(request, images):
     plant, code, layers = PANEL[request.param]
-    return cp.analyze(plant(trained()), images, batch_size=8), code, layers
+    result = cp.analyze(plant(trained()), images, batch_size=8)
+    if code == "head-redundancy":  # copies of a uniform head leave a uniform block, which is noted as such
+        layers = tuple(name for name in layers if name not in result.finding("uniform-attention").layers)
+        assert len(layers) > LAST / 2
+    return result, code, layers
 
 
 def alarms(result):
@@ -95,20 +100,20 @@ def test_readings_behind_a_finding_carry_standard_errors(broken):
 
 
 def test_dead_heads_are_named(images):
-    result = cp.analyze(planted.kill_heads(trained(), START, heads=(1, 4)), images)
-    assert result.finding("dead-heads").heads == {name: [1, 4] for name in blocks(START)}
+    result = cp.analyze(planted.kill_heads(trained(), START, heads=(1, 2)), images)
+    assert result.finding("dead-heads").heads == {name: [1, 2] for name in blocks(START)}
 
 
 def test_dead_heads_do_not_pass_for_similar_layers(images):
-    """Two heads that attend uniformly have M = 1 in every pair of layers; the others decide."""
-    result = cp.analyze(planted.kill_heads(trained(), 0, heads=(0, 1, 2, 3, 4)), images)
+    """Heads that attend uniformly have M = 1 in every pair of layers; the others decide."""
+    result = cp.analyze(planted.kill_heads(trained(), 0, heads=(0, 1, 2)), images)
     assert result.layers["similarity_to_previous"].iloc[1:].min() > 0.8
     assert "attention-collapse" not in {finding.code for finding in result.findings}
     assert "dead-heads" in alarms(result)
 
 
 def test_two_failures_are_two_findings(images):
-    model = planted.copy_attention(planted.plant_outliers(trained(), 2), 8)
+    model = planted.copy_attention(planted.plant_outliers(trained(), 2), START)
     assert alarms(cp.analyze(model, images)) == {"attention-collapse", "outlier-tokens"}
 
 
@@ -128,13 +133,13 @@ def test_a_random_network_with_sharp_attention_is_untrained(images):
 
 def test_blocks_that_repeat_one_further_back_are_found(images):
     model, shared = trained(), {}
-    for number in range(2, 12, 3):
-        model.blocks[number].attn = planted.CopiedAttention(model.blocks[number].attn, shared, number == 2)
+    for number in range(14, 24, 3):
+        model.blocks[number].attn = planted.CopiedAttention(model.blocks[number].attn, shared, number == 14)
     result = cp.analyze(model, images)
     assert alarms(result) == {"attention-collapse"}
     finding = result.finding("attention-collapse")
-    assert finding.layers == ("blocks.5.attn", "blocks.8.attn", "blocks.11.attn")
-    assert "blocks.11.attn that of blocks.8.attn" in finding.title
+    assert finding.layers == ("blocks.17.attn", "blocks.20.attn", "blocks.23.attn")
+    assert "blocks.23.attn that of blocks.20.attn" in finding.title
 
 
 def test_entropy_collapse_in_half_of_the_heads_is_found(images):
@@ -142,10 +147,10 @@ def test_entropy_collapse_in_half_of_the_heads_is_found(images):
     with torch.no_grad():
         for block in model.blocks:
             for parameter in block.attn.qkv.parameters():
-                parameter.view(3, 6, 16, -1)[0, :3] *= 100
+                parameter.view(3, 4, 16, -1)[0, :2] *= 300
     result = cp.analyze(model, images)
     assert alarms(result) == {"entropy-collapse"}
-    assert result.finding("entropy-collapse").heads == {name: [0, 1, 2] for name in blocks(0)}
+    assert result.finding("entropy-collapse").heads == {name: [0, 1] for name in blocks(0)}
 
 
 def test_attention_that_adds_nothing_is_found(images):
@@ -197,6 +202,7 @@ def test_a_lower_threshold_of_similarity_leaves_flatness_alone(images):
     result = cp.analyze(trained(), images, threshold=0.5)
     assert alarms(result) == {"attention-collapse"}
     similar = result.layers["similarity_to_previous"] > 0.5
+    similar &= ~result.layers["block"].isin([UNIFORM, UNIFORM + 1])
     assert result.finding("attention-collapse").layers == tuple(result.layers.index[similar])
 
 

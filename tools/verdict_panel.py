@@ -92,7 +92,7 @@ should give.
 """
 
 METHOD = """
-Trained models: the bundled `digits_vit_12b`, {small}{deit}. Failures are planted into half of the blocks (models of
+Trained models: the bundled `digits_vit_24b`, {small}{deit}. Failures are planted into half of the blocks (models of
 seed 0) or two thirds of them (seed 1), by the functions in `tests/planted.py`. Random initialisations: {fresh}, and
 small ViTs for digits. *Random weights, attention sharpened*: queries and keys of random initialisations multiplied
 until attention is as peaked as in trained models.
@@ -150,7 +150,7 @@ def small_model(cache: Path, name: str, seed: int) -> nn.Module:
 def trained(cache: Path, deit: Path | None, photographs: Path | None) -> Iterator[Member]:
     """Every trained model."""
     digits = partial(_digits, 8)
-    yield Member("digits_vit_12b", lambda: timm.create_model("digits_vit_12b", pretrained=True), digits)
+    yield Member("digits_vit_24b", lambda: timm.create_model("digits_vit_24b", pretrained=True), digits)
     for name, settings in SMALL.items():
         for seed in SEEDS:
             build = partial(small_model, cache, name, seed)

@@ -24,8 +24,8 @@ def analyze(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="A file with weights, or a timm name (its pretrained weights). Without it: the bundled model on the "
-            "bundled images.",
+            help="A file with weights, or a timm name (its pretrained weights). Without it: the bundled ViT and "
+            "DeepViT side by side.",
             show_default=False,
         ),
     ] = None,
@@ -139,6 +139,7 @@ def analyze(
 
     [bold]collapse-probe analyze model.pt --model vit_small_patch16_224 --images val/ --out run/[/bold]
     """
+    from collapse_probe.cli.bundled import analyze_pair
     from collapse_probe.cli.results import leads, one_voice, show, write
     from collapse_probe.files import check_writable
     from collapse_probe.progress import ProgressBar
@@ -162,6 +163,10 @@ def analyze(
             }  # fmt: skip
             leading = team.rank == 0
             team.together(lambda: check_writable(out) if out is not None and leading else None)
+            if source is None:
+                _alone(part, team.size)
+                analyze_pair(arguments, images, out, progress, command)
+                return
             from collapse_probe.analysis import analyze as run
 
             if part is not None and out is not None:
@@ -174,6 +179,15 @@ def analyze(
         if out is not None:
             write(analysis, Path(out), progress)
     show(analysis, out)
+
+
+def _alone(part: Shard | None, processes: int) -> None:
+    """Sums over shards and processes are those of one model."""
+    if part is not None or processes > 1:
+        raise UsageError(
+            "Without a model, two are analysed side by side by one process. Name the one whose images are to be shared "
+            "out, for example: collapse-probe analyze digits_vit_24b"
+        )
 
 
 def _part(shard: str | None, out: str | None, force: bool, processes: int) -> Shard | None:

@@ -1,4 +1,4 @@
-"""Where the files that ship with the package lie: one small trained model and 64 test images for it.
+"""Where the files that ship with the package lie: two small trained models and 64 test images for them.
 
 `collapse_probe/data/README.md` states their source, licence and recipe.
 """
@@ -8,10 +8,13 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
+#: The bundled models: their names, plain ViT first.
+BUNDLED = ("digits_vit_24b", "digits_deepvit_24b")
 
-def bundled_weights() -> Path:
-    """The safetensors file with the trained ``digits_vit_12b``; its metadata names architecture, recipe and licence."""
-    return _data() / "digits_vit_12b.safetensors"
+
+def bundled_weights(name: str = BUNDLED[0]) -> Path:
+    """The safetensors file of one of :data:`BUNDLED`; its metadata name architecture, recipe and licence."""
+    return _data() / f"{name}.safetensors"
 
 
 def bundled_images() -> Path:

@@ -90,15 +90,6 @@ def test_safetensors_and_options_reach_the_result(folder, tmp_path):
     assert len(data["layers"]["rows"]) == 2
 
 
-def test_without_arguments_the_bundled_model_and_images(tmp_path):
-    done = probe("analyze", "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
-    provenance = json.loads((tmp_path / "analysis.json").read_text())["provenance"]
-    assert provenance["model"]["architecture"] == "digits_vit_12b"
-    assert provenance["images"]["count"] == 64
-    assert "No images given" not in done.stderr
-
-
 def test_a_model_without_images_borrows_the_bundled_ones_and_says_so(folder):
     done = probe("analyze", folder / "plain.pt", "--model", "vit_tiny_patch16_224", *FLAGS)
     assert done.returncode == 0, done.stderr

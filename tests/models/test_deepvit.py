@@ -315,7 +315,7 @@ def test_the_stem_takes_another_image_size_but_no_other_patch_size() -> None:
 def test_importing_the_package_registers_everything_quietly() -> None:
     assert set(deepvit.__all__) == set(ALL)
     assert all(getattr(deepvit, name).__name__ == name for name in ALL)
-    code = "import collapse_probe.models, timm; assert timm.is_model('deepvit_32b') and timm.is_model('digits_vit_12b')"
+    code = "import collapse_probe.models, timm; assert timm.is_model('deepvit_32b') and timm.is_model('digits_vit_24b')"
     done = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == done.stderr == ""

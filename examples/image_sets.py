@@ -89,7 +89,6 @@ def prepare(name: str, source: Path, size: int, folder: Path, watch: Watch) -> N
     else:
         train, test, classes = _folder(source, size, watch)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "about.json").unlink(missing_ok=True)
     for part, (images, labels) in (("train", train), ("test", test)):
         np.save(folder / f"{part}_images.npy", images)
         np.save(folder / f"{part}_labels.npy", labels)

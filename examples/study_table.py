@@ -100,9 +100,10 @@ def _with_spread(name: str, mean: float, deviation: float) -> str:
 def agreement(table: pd.DataFrame, earlier: pd.DataFrame, confidence: float = 0.99) -> pd.DataFrame:
     """Does each number of a study lie where another seed of the earlier study would?
 
-    The interval is the prediction interval for one more seed, mean ± t s sqrt(1 + 1/n), with the variance s² pooled
-    over the depths of a kind: three seeds alone tell little about their spread. Depths and kinds that only one of the
-    studies holds are left out.
+    The intervals are prediction intervals for one more seed, mean ± t s sqrt(1 + 1/n), with the variance s² pooled over
+    the depths of a kind (three seeds alone tell little about their spread), and they hold together: each one's
+    confidence is that of Bonferroni, 1 - (1 - confidence) / (how many numbers are compared). A block more or less
+    counts as similar within the spread. Depths and kinds that only one of the studies holds are left out.
 
     Returns:
         A row per model, seed and number: ``value``, the ends ``low`` and ``high``, and whether it is ``within``.
@@ -113,9 +114,11 @@ def agreement(table: pd.DataFrame, earlier: pd.DataFrame, confidence: float = 0.
         variance=("var", "mean"), freedom=("count", lambda n: (n - 1).sum())
     )
     known = known.merge(pooled.reset_index())
-    reach = t.ppf((1 + confidence) / 2, known["freedom"]) * np.sqrt(known["variance"] * (1 + 1 / known["count"]))
-    reach = np.where(known["number"] == "similar", np.maximum(reach, 1), reach)  # a block more or less
-    known = known.assign(low=known["mean"] - reach, high=known["mean"] + reach)
     compared = of_runs(table).melt(_SAMPLE, var_name="number").dropna().merge(known, on=[*_MODEL, "number"])
+    each = 1 - (1 - confidence) / max(len(compared), 1)
+    spread = np.sqrt(compared["variance"] * (1 + 1 / compared["count"]))
+    reach = t.ppf((1 + each) / 2, compared["freedom"]) * spread
+    reach = reach.where(compared["number"] != "similar", reach.clip(lower=1))
+    compared["low"], compared["high"] = compared["mean"] - reach, compared["mean"] + reach
     compared["within"] = compared["value"].between(compared["low"], compared["high"])
     return compared[[*_SAMPLE, "number", "value", "low", "high", "within"]]

@@ -19,7 +19,7 @@ import torch
 from image_sets import load
 from PIL import Image
 from study_table import OF_A_RUN
-from training import accuracy, normalise
+from training import RECIPES, accuracy, normalise
 from typer.testing import CliRunner
 
 import collapse_probe as cp
@@ -92,6 +92,19 @@ def test_kinds_differ_in_re_attention_only(small):
     additional = set(mixed.state_dict()) - set(plain.state_dict())
     assert set(plain.state_dict()) < set(mixed.state_dict())
     assert all("reatten_matrix" in name or "var_norm" in name for name in additional)
+
+
+def test_models_start_alike_but_for_their_seed_with_positions_that_tell_near_from_far(small):
+    data, size = load(small[0] / "data"), study_runs.SIZES["digits"]
+    first, again, other = (
+        study_runs.build(study_runs.Run("vit", 2, seed, size, RECIPES["digits"], Path(), Path()), data)
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(first.blocks[1].mlp.fc1.weight, again.blocks[1].mlp.fc1.weight)
+    assert not torch.equal(first.blocks[1].mlp.fc1.weight, other.blocks[1].mlp.fc1.weight)
+    near_and_far = torch.nn.functional.cosine_similarity(first.pos_embed[0, 1:2], first.pos_embed[0, 1:], dim=-1)
+    assert near_and_far[1] > 1.2 * near_and_far[15]  # the patch beside it and the one across the image
+    assert torch.equal(first.pos_embed[0, 1:], other.pos_embed[0, 1:])
 
 
 def test_figures_are_not_empty(small):

@@ -71,10 +71,10 @@ def test_summary_has_mean_and_deviation_over_seeds():
 
 
 def test_the_late_rise_is_the_last_quarter_above_the_middle():
-    table = make_table(depths=(8,))
+    table = make_table(depths=(10,))
     table.loc[table["block"] >= 1, "similarity_to_previous"] = table["block"] ** 2
-    # last quarter: blocks 6 and 7; middle: blocks 2 to 5
-    assert (of_runs(table)["late rise"] == (36 + 49) / 2 - (4 + 9 + 16 + 25) / 4).all()
+    # last quarter: blocks 8 and 9; middle: blocks 3 to 7
+    assert (of_runs(table)["late rise"] == (64 + 81) / 2 - (9 + 16 + 25 + 36 + 49) / 5).all()
 
 
 def test_a_study_agrees_with_itself_and_not_with_a_shifted_one():

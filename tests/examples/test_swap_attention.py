@@ -37,7 +37,8 @@ def test_both_models_need_the_attention_that_they_compute(capsys):
 
 
 def test_a_model_for_other_images_is_refused(tmp_path, monkeypatch, capsys):
-    timm.models.save_for_hf(timm.create_model("deepvit_16b", depth=2), tmp_path, safe_serialization=True)
+    model = timm.create_model("deepvit_16b", depth=2)
+    timm.models.save_for_hf(model, tmp_path, model_args={"depth": 2}, safe_serialization=True)
     for source, words in ((f"local-dir:{tmp_path}", "does not take digits"), ("no_such_model", "no_such_model")):
         monkeypatch.setattr("sys.argv", ["swap_attention.py", source])
         with pytest.raises(SystemExit) as ending:

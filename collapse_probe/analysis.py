@@ -22,7 +22,7 @@ import collapse_probe.models as bundled_models  # registers the bundled architec
 from collapse_probe.errors import UsageError
 from collapse_probe.fingerprint import images_fingerprint, weights_fingerprint
 from collapse_probe.loading import Batch, ImageSource, check_skipped, data_config, load_model, open_images
-from collapse_probe.loading.fit import non_finite
+from collapse_probe.loading.soundness import constant_matrices, non_finite
 from collapse_probe.merging import merge, merge_one_by_one
 from collapse_probe.metrics.functional.ratio import SIMILAR
 from collapse_probe.options import Options
@@ -46,6 +46,9 @@ def analyze(
     checkpoint: str | Path | None = None,
     pretrained: bool = True,
     use_ema: bool = False,
+    key: str | None = None,
+    num_heads: int | None = None,
+    allow_bad_weights: bool = False,
     model_kwargs: Mapping[str, Any] | None = None,
     img_size: int | None = None,
     mean: Sequence[float] | None = None,
@@ -73,14 +76,18 @@ def analyze(
     """Where does attention collapse in this model?
 
     Args:
-        model: an `nn.Module`, a timm name (its pretrained weights), or a path to weights. Without it, the bundled
-            ``digits_vit_24b``.
+        model: an `nn.Module`, a timm name (its pretrained weights), or a path to weights (a file or a folder). Without
+            it, the bundled ``digits_vit_24b``.
         images: a folder (flat or nested), a tensor `[N, C, H, W]` already preprocessed, or a `DataLoader`. Without it,
             the bundled pictures of digits, with a warning: readings on the model's own kind of images will differ.
-        arch: timm's name of the architecture that the weights belong to, where the file does not say.
+        arch: timm's name of the architecture that the weights belong to, where neither the file nor its keys and shapes
+            say.
         checkpoint: weights for a model given by name.
         pretrained: whether a bare name means its pretrained weights; False asks for a random network.
         use_ema: take the exponential moving average of the weights where a checkpoint holds both.
+        key: take the weights under this key of a checkpoint, for example ``"student"``.
+        num_heads: heads of each block of a weights file; weights rarely show their number.
+        allow_bad_weights: analyse weights with NaN, infinities or matrices of one number; a finding names them.
         model_kwargs: passed to `timm.create_model`.
         img_size, mean, std, crop_pct, interpolation: override the model's own preprocessing.
         batch_size: images in a forward pass. Results do not depend on it, except where `until_se` ends the run.
@@ -131,6 +138,9 @@ def measure(
     checkpoint: str | Path | None = None,
     pretrained: bool = True,
     use_ema: bool = False,
+    key: str | None = None,
+    num_heads: int | None = None,
+    allow_bad_weights: bool = False,
     model_kwargs: Mapping[str, Any] | None = None,
     img_size: int | None = None,
     mean: Sequence[float] | None = None,
@@ -149,8 +159,8 @@ def measure(
         shard: which, for example ``"2/4"``.
         finished: what an earlier call left. Where it is this very shard of the same run (weights, images and options
             are compared), it is returned, and nothing is measured.
-        model, images, arch, checkpoint, pretrained, use_ema, model_kwargs, img_size, mean, std, crop_pct, \
-interpolation, progress, settings: as those of :func:`analyze`; the same for all shards.
+        model, images, arch, checkpoint, pretrained, use_ema, key, num_heads, allow_bad_weights, model_kwargs, \
+img_size, mean, std, crop_pct, interpolation, progress, settings: as those of :func:`analyze`; the same for all shards.
 
     Returns:
         The :class:`Partial`; save it with `save(folder)`.
@@ -169,31 +179,27 @@ interpolation, progress, settings: as those of :func:`analyze`; the same for all
     bundled = images is None
     if images is None:
         images = bundled_models.bundled_images()
+    advice = _borrowed(model, bundled)
     if model is None:
         model = bundled_models.bundled_weights()
-        if not bundled:
-            warnings.warn("No model given: analysing the bundled ViT for 8x8 pictures of digits.", stacklevel=3)
-    elif bundled and model not in bundled_models.BUNDLED:
-        warnings.warn(
-            "No images given: measuring on the bundled pictures of digits. Readings on the model's own kind of images "
-            "will differ; give a folder of them with --images.",
-            stacklevel=3,
-        )
     given = isinstance(model, nn.Module)
     if isinstance(model, nn.Module):
-        if arch or checkpoint or model_kwargs:
+        if arch or checkpoint or model_kwargs or key or num_heads:
             raise UsageError(
-                "arch, checkpoint and model_kwargs describe a file or a name; the model given is a module."
+                "arch, checkpoint, key, num_heads and model_kwargs describe a file or a name; the model given is a "
+                "module."
             )
         network = _unwrapped(model)
     elif isinstance(model, (str, Path)):
         with _drawn_from(options.seed):
             network = load_model(
-                model, arch, pretrained=pretrained, checkpoint=checkpoint, use_ema=use_ema, model_kwargs=model_kwargs,
-                img_size=img_size,
+                model, arch, pretrained=pretrained, checkpoint=checkpoint, use_ema=use_ema, key=key,
+                num_heads=num_heads, allow_bad_weights=allow_bad_weights, model_kwargs=model_kwargs, img_size=img_size,
             )  # fmt: skip
     else:
         raise UsageError(f"model must be an nn.Module, a timm name or a path; got a {type(model).__name__}.")
+    if advice is not None:  # not before a file that is refused: it would only stand in the way of the refusal
+        warnings.warn(advice, stacklevel=3)
     target = _device(options.device, network if given else None)
     config: dict[str, Any] = {}
     if hasattr(network, "pretrained_cfg") or isinstance(images, (str, Path)):
@@ -227,12 +233,25 @@ interpolation, progress, settings: as those of :func:`analyze`; the same for all
         "seconds": round(time.perf_counter() - started, 2),
     }
     partial.provenance["normalisation"] = untouched_norms(network)
-    partial.provenance["non_finite_weights"] = non_finite(network)
+    partial.provenance["non_finite_weights"] = non_finite(network.state_dict())
+    partial.provenance["constant_weights"] = constant_matrices(network.state_dict())
     partial.provenance["mixed_after_softmax"] = run.mixed
     partial.provenance["unused_heads"] = unused_heads(network, run.heads())
     if run.verification is not None:
         partial.provenance["verification"] = run.verification.to_dict()
     return partial
+
+
+def _borrowed(model: object, bundled: bool) -> str | None:
+    """What to say where a model or images were not given and bundled ones stand in."""
+    if model is None and not bundled:
+        return "No model given: analysing the bundled ViT for 8x8 pictures of digits."
+    if model is None or not bundled or model in bundled_models.BUNDLED:
+        return None
+    return (
+        "No images given: measuring on the bundled pictures of digits. Readings on the model's own kind of images will "
+        "differ; give a folder of them with --images."
+    )
 
 
 def _readable(source: ImageSource) -> Iterator[Batch]:

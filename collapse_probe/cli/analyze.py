@@ -24,8 +24,8 @@ def analyze(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="A file with weights, or a timm name (its pretrained weights). Without it: the bundled ViT and "
-            "DeepViT side by side.",
+            help="Weights (a file or a folder), or a timm name (its pretrained weights). Without it: the bundled ViT "
+            "and DeepViT side by side.",
             show_default=False,
         ),
     ] = None,
@@ -44,6 +44,24 @@ def analyze(
     ] = True,
     use_ema: Annotated[
         bool, typer.Option("--use-ema", help="Take the averaged weights of a checkpoint.", rich_help_panel=MODEL)
+    ] = False,
+    key: Annotated[
+        str | None,
+        typer.Option(
+            help="Take the weights under this key of a checkpoint, for example student.", rich_help_panel=MODEL
+        ),
+    ] = None,
+    num_heads: Annotated[
+        int | None,
+        typer.Option(help="Heads of each block: weights rarely show their number.", rich_help_panel=MODEL),
+    ] = None,
+    allow_bad_weights: Annotated[
+        bool,
+        typer.Option(
+            "--allow-bad-weights",
+            help="Analyse weights that hold NaN, infinities, or matrices of one number.",
+            rich_help_panel=MODEL,
+        ),
     ] = False,
     model_kwargs: Annotated[
         list[str] | None,
@@ -154,6 +172,7 @@ def analyze(
             part = _part(shard, out, force, team.size)
             arguments: dict[str, Any] = {
                 "arch": arch, "checkpoint": weights, "pretrained": pretrained, "use_ema": use_ema,
+                "key": key, "num_heads": num_heads, "allow_bad_weights": allow_bad_weights,
                 "model_kwargs": keyword_arguments(model_kwargs or []), "img_size": img_size,
                 "mean": _numbers("--mean", mean), "std": _numbers("--std", std), "crop_pct": crop_pct,
                 "interpolation": interpolation, "batch_size": batch_size, "workers": workers,

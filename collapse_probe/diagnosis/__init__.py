@@ -20,6 +20,7 @@ __all__ = ["Threshold", "Thresholds", "diagnose", "is_uniform"]
 #: What to look for, in the order in which it is told among findings of one severity.
 _RULES = (
     validity.non_finite,
+    validity.constant_weights,
     validity.untrained,
     validity.uniform,
     across_layers.collapse,

@@ -47,6 +47,25 @@ def _weights_not_finite(names: list[str]) -> Finding:
     )
 
 
+def constant_weights(case: Case) -> list[Finding]:
+    """Weight matrices of one number, which map all tokens to one direction."""
+    names = case.analysis.provenance.get("constant_weights", [])
+    if not names or untouched_norms(case):  # some start at zero
+        return []
+    count = "1 weight matrix is" if len(names) == 1 else f"{len(names)} weight matrices are"
+    return [
+        Finding(
+            code="constant-weights",
+            severity="warning",
+            title=f"{count} zero or one number throughout: {blocks(names)}.",
+            evidence="every token is mapped to a multiple of the same vector there",
+            threshold="any",
+            source="a trained matrix has rank above one",
+            advice="Look whether these layers were meant to be trained, were pruned away, or were saved by mistake.",
+        )
+    ]
+
+
 _LOADED = "Check that trained weights were loaded and that they belong to this architecture; if so, "
 _AVERAGED = _LOADED + "these layers average their tokens and could be replaced by a mean."
 _MIXED = _LOADED + (

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collapse_probe.loading.data_config import data_config
 from collapse_probe.loading.image_source import Batch, ImageSource, check_skipped
 from collapse_probe.loading.images import open_images
+from collapse_probe.loading.inspection import inspect_weights
 from collapse_probe.loading.model_source import load_model
 
-__all__ = ["Batch", "ImageSource", "check_skipped", "data_config", "load_model", "open_images"]
+__all__ = ["Batch", "ImageSource", "check_skipped", "data_config", "inspect_weights", "load_model", "open_images"]

@@ -1,8 +1,9 @@
-"""Read a recognised weights file into a flat state dict, with whatever else it says about the model.
+"""Find the weights in what a file holds: the wrapper they lie under, the prefix of their keys, what is said of them.
 
 Understood layouts: a plain state dict; timm's training checkpoints (`arch`, `args`, `state_dict`, `state_dict_ema`;
-timm/utils/checkpoint_saver.py); the `model`, `model_ema` and `module` wrappers of other training scripts; safetensors
-whose metadata may hold `architecture` and `model_kwargs` (JSON).
+timm/utils/checkpoint_saver.py); the wrappers of other training scripts (`model`, `module`, `teacher` and `student` of
+DINO, `model_ema`…; Lightning's `state_dict`), one in another; safetensors whose metadata may hold `architecture` and
+`model_kwargs` (JSON).
 """
 
 from __future__ import annotations
@@ -10,27 +11,26 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
-import pickle
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from collapse_probe.errors import DamagedFileError, UsageError
-from collapse_probe.loading.content import SAFETENSORS, TORCH_LEGACY, TORCH_ZIP, foreign_globals, recognise, refusal
+from collapse_probe.loading.content import NPZ, SAFETENSORS_INDEX, SUFFIXES
+from collapse_probe.loading.prefixes import cut_prefixes
+from collapse_probe.loading.readers import read, shards
 
-_WRAPPERS = ("state_dict", "model", "module")
-_EMA_WRAPPERS = ("state_dict_ema", "model_ema")
-# DistributedDataParallel, torch.compile, and Lightning modules put these before every key.
-_PREFIXES = ("module.", "_orig_mod.", "model.")
+#: Where weights lie in a checkpoint, in the order of preference; of a self-distilled pair the teacher is evaluated.
+WRAPPERS = ("state_dict", "model", "module", "teacher", "net", "backbone", "encoder", "student")
+EMA_WRAPPERS = ("state_dict_ema", "model_ema", "ema", "ema_state_dict")
 # timm's create_model would fetch or open other files on behalf of these.
 _RESERVED = ("pretrained", "checkpoint_path", "cache_dir")
+_MAX_DEPTH = 3
+# Tied weights are stored once; a file of which every byte is claimed more often than this was made to fill memory.
+_MAX_SHARING = 8
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Checkpoint:
         state: tensors by key, wrapper and common prefixes removed.
         architecture: the name stored in the file, or None.
         model_kwargs: constructor arguments stored in the file.
-        facts: plain data for the provenance: path, sha256, size_bytes, format, key, prefix_cut, dtype, tensors.
+        facts: plain data for the provenance: path, sha256, size_bytes, format, note (where the name misleads), key,
+            prefix_cut, left_out (keys beside the model), dtype, tensors.
     """
 
     state: dict[str, Tensor]
@@ -50,37 +51,38 @@ class Checkpoint:
     facts: dict[str, Any]
 
 
-def read_checkpoint(path: Path, use_ema: bool = False) -> Checkpoint:
+def read_checkpoint(path: Path, use_ema: bool = False, key: str | None = None) -> Checkpoint:
     """Read a weights file of any recognised format; code in it is never run.
 
     Args:
-        path: the file.
+        path: the file; the index of weights in several files stands for all of them.
         use_ema: take the exponential moving average of the weights instead of the weights.
+        key: take the weights under this wrapper, for example ``"student"`` or ``"state.model"``.
 
     Raises:
         DamagedFileError, UnsafeFileError: see :func:`collapse_probe.loading.content.recognise`; also where no state
             dict is in it.
-        UsageError: ``use_ema`` and the file holds no such weights.
+        UsageError: ``use_ema`` or ``key``, and the file holds no such weights.
     """
-    file_format = recognise(path)
-    if file_format == SAFETENSORS:
-        content, stored = _read_safetensors(path)
-    else:
-        content = _read_torch(path, file_format)
-        stored = _stored_arguments(content)
-    key, state = _choose(path, content, use_ema)
-    prefix, state = _cut_prefixes(state)
-    _check_sizes(path, state)
+    file_format, content, metadata = read(path)
+    stored = _stored_in_metadata(path, metadata) if metadata else _stored_arguments(content)
+    found, state = _choose(path, content, use_ema, key)
+    files = [path, *shards(path)] if file_format == SAFETENSORS_INDEX else [path]
+    size = sum(file.stat().st_size for file in files)
+    if file_format != NPZ:  # whose arrays may be compressed, and were compared with their headers
+        _check_sizes(path, state, size)
+    prefix, state, left_out = cut_prefixes(state)
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in state.values() if tensor.is_floating_point()}
     facts = {
         "path": str(path),
-        "sha256": _sha256(path),
-        "size_bytes": path.stat().st_size,
+        "sha256": _sha256(files),
+        "size_bytes": size,
         "format": file_format,
-        "key": key,
+        "note": _misleading_name(path, file_format),
+        "key": found,
         "prefix_cut": prefix,
-        "dtype": ", ".join(
-            sorted({str(t.dtype).removeprefix("torch.") for t in state.values() if t.is_floating_point()})
-        ),
+        "left_out": left_out,
+        "dtype": ", ".join(sorted(dtypes)),
         "tensors": len(state),
     }
     return Checkpoint(state, stored["architecture"], stored["model_kwargs"], facts)
@@ -94,37 +96,21 @@ def check_model_kwargs(model_kwargs: Mapping[str, Any], origin: str) -> dict[str
     return dict(model_kwargs)
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with safe_open(path, framework="pt") as stream:
-            metadata = stream.metadata() or {}
-            content = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
-        raise DamagedFileError(f"{path} is a damaged safetensors file: {error}.") from None
+def _misleading_name(path: Path, file_format: str) -> str | None:
+    expected = SUFFIXES.get(path.suffix.lower())
+    if expected is None or file_format in expected:
+        return None
+    return f"named {path.suffix}, but its content is of the format {file_format}; it was read by content"
+
+
+def _stored_in_metadata(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         model_kwargs = json.loads(metadata.get("model_kwargs") or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         model_kwargs = None
     if not isinstance(model_kwargs, dict):
         raise DamagedFileError(f"{path}: 'model_kwargs' in its metadata is not a JSON object.")
-    return content, {"architecture": metadata.get("architecture"), "model_kwargs": model_kwargs}
-
-
-def _read_torch(path: Path, file_format: str) -> Any:
-    """torch.load, restricted to tensors, plain containers and timm's `args` (an argparse.Namespace)."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # hints for torch's developers about odd pickles
-            return torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=file_format == TORCH_ZIP)
-    except pickle.UnpicklingError:
-        names = foreign_globals(path, file_format)
-        if file_format == TORCH_LEGACY and not names:
-            raise DamagedFileError(f"{path} is damaged: its pickled part cannot be read. Copy it again.") from None
-        # torch's own text advises to switch the protection off; it is not repeated, nor chained.
-        raise refusal(path, names) from None
-    except Exception as error:  # the loader meets hostile or broken bytes with any exception type
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise DamagedFileError(f"{path} is damaged: {reason}. Download or copy it again.") from None
+    return {"architecture": metadata.get("architecture"), "model_kwargs": model_kwargs}
 
 
 def _stored_arguments(content: Any) -> dict[str, Any]:
@@ -141,57 +127,88 @@ def _stored_arguments(content: Any) -> dict[str, Any]:
     return {"architecture": architecture if isinstance(architecture, str) else None, "model_kwargs": kwargs}
 
 
-def _choose(path: Path, content: Any, use_ema: bool) -> tuple[str | None, dict[str, Tensor]]:
+def _choose(path: Path, content: Any, use_ema: bool, key: str | None) -> tuple[str | None, dict[str, Tensor]]:
     """The state dict inside the file and the wrapper key it lay under (None: the file is the state dict)."""
-    top = list(content) if isinstance(content, Mapping) else []
-    for key in _EMA_WRAPPERS if use_ema else _WRAPPERS:
-        if key in top and _is_state_dict(content[key]):
-            return key, _tensors(content[key])
+    if key is not None:
+        return key, _under(path, content, key)
+    found = _search(content, EMA_WRAPPERS if use_ema else WRAPPERS, use_ema)
+    if found is not None:
+        return found
     if use_ema:
-        raise UsageError(f"{path} holds no EMA weights ({' or '.join(_EMA_WRAPPERS)}); leave --use-ema out.")
-    if _is_state_dict(content):
-        return None, _tensors(content)
-    found = f"its top level holds {', '.join(map(repr, top[:8]))}" if top else f"it holds a {type(content).__name__}"
+        raise UsageError(f"{path} holds no EMA weights ({' or '.join(EMA_WRAPPERS)}); leave --use-ema out.")
+    top = list(content) if isinstance(content, Mapping) else []
+    inside = f"its top level holds {', '.join(map(repr, top[:8]))}" if top else f"it holds a {type(content).__name__}"
     raise DamagedFileError(
-        f"{path} holds no state dict: {found}. Expected tensors by name, at the top level or under one of "
-        f"{', '.join(_WRAPPERS)}."
+        f"{path} holds no state dict: {inside}. Expected tensors by name, at the top level or under one of "
+        f"{', '.join(WRAPPERS)}, or under a key that --key names."
     )
 
 
+def _search(
+    content: Any, wrappers: tuple[str, ...], required: bool, above: str = "", depth: int = 0
+) -> tuple[str | None, dict[str, Tensor]] | None:
+    """The state dict under the first wrapper that holds one, looking into wrappers that hold others."""
+    if not isinstance(content, Mapping) or depth > _MAX_DEPTH:
+        return None
+    for name in wrappers:
+        inner = content.get(name)
+        found = None if inner is None else _search(inner, wrappers, False, f"{above}{name}.", depth + 1)
+        if found is not None:
+            return found
+    if required or not _is_state_dict(content):
+        return None
+    return above.rstrip(".") or None, _tensors(content)
+
+
+def _under(path: Path, content: Any, key: str) -> dict[str, Tensor]:
+    """The state dict under a key that the user named; dots lead from one level to the next."""
+    inner, walked = content, list[str]()
+    for name in key.split("."):
+        if not isinstance(inner, Mapping) or name not in inner:
+            at = f"under {'.'.join(walked)!r}" if walked else "at its top level"
+            names = ", ".join(map(repr, list(inner)[:8])) if isinstance(inner, Mapping) else type(inner).__name__
+            raise UsageError(f"{path} holds no {name!r} {at} ({names}); give --key another one.")
+        inner = inner[name]
+        walked.append(name)
+    if not _is_state_dict(inner):
+        raise UsageError(f"{path} holds no tensors by name under {key!r}; give --key another one.")
+    return _tensors(inner)
+
+
 def _is_state_dict(value: Any) -> bool:
+    """Tensors by name; a number or a text among them does no harm."""
     return (
         isinstance(value, Mapping)
         and any(isinstance(item, Tensor) for item in value.values())
         and all(isinstance(name, str) for name in value)
-        and all(isinstance(item, Tensor) for item in value.values())
+        and all(item is None or isinstance(item, (Tensor, int, float, str)) for item in value.values())
     )
 
 
-def _tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
     # torch's AveragedModel keeps a counter beside the weights that it averages.
-    return {name: tensor.detach() for name, tensor in state.items() if name != "n_averaged"}
+    return {
+        name: tensor.detach() for name, tensor in state.items() if isinstance(tensor, Tensor) and name != "n_averaged"
+    }
 
 
-def _check_sizes(path: Path, state: Mapping[str, Tensor]) -> None:
-    """A few bytes can claim, with strides of zero, to be a tensor that no memory holds."""
-    size = path.stat().st_size
+def _check_sizes(path: Path, state: Mapping[str, Tensor], size: int) -> None:
+    """A few bytes can claim, with strides of zero, to be a tensor that no memory holds, or many tensors one storage."""
+    claimed = 0
     for key, tensor in state.items():
-        if tensor.numel() * tensor.element_size() > size:
+        own = tensor.numel() * tensor.element_size()
+        claimed += own
+        if own > size:
             raise DamagedFileError(f"{path} is damaged: {key} {list(tensor.shape)} is larger than the file.")
+    if claimed > _MAX_SHARING * size:
+        raise DamagedFileError(f"{path} is damaged: its tensors claim {claimed} bytes, the file has {size}.")
 
 
-def _cut_prefixes(state: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
-    """Remove prefixes that all keys share; returns what was cut and the state dict without it."""
-    cut = ""
-    while prefix := next((p for p in _PREFIXES if state and all(key.startswith(p) for key in state)), ""):
-        state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
-        cut += prefix
-    return cut, state
-
-
-def _sha256(path: Path) -> str:
+def _sha256(files: list[Path]) -> str:
+    """Of a file, or of several one after the other."""
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
+    for file in files:
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
     return digest.hexdigest()

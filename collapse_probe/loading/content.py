@@ -1,52 +1,81 @@
-"""What a weights file is, decided by its bytes, before torch or safetensors reads any of it.
+"""What a weights file is, decided by its bytes, before torch, numpy or safetensors reads any of it.
 
-Three formats are recognised: a torch zip archive (`torch.save` since 1.6), torch's legacy pickle, and safetensors
-(https://github.com/huggingface/safetensors#format). Everything else, and every damaged file, is refused with a
-sentence. torch does not verify the checksums of its archives; this module does.
+Recognised are a torch zip archive (`torch.save` since 1.6), torch's legacy pickle, safetensors
+(https://github.com/huggingface/safetensors#format), the JSON index of weights in several files, and a NumPy archive.
+Everything else, and every damaged file, is refused with a sentence. torch does not verify the checksums of its
+archives; this module does. Safetensors and legacy pickles carry none: there, a flipped bit of a number is a number.
 """
 
 from __future__ import annotations
 
+import io
 import json
-import pickletools
-import re
+import tarfile
 import zipfile
+import zlib
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 from collapse_probe.errors import DamagedFileError, ModelError, UnsafeFileError
+from collapse_probe.loading.npz import check_arrays
+from collapse_probe.loading.pickles import EXPORT_ADVICE, foreign_globals, listed, refusal
 
 TORCH_ZIP = "torch zip archive"
 TORCH_LEGACY = "torch legacy pickle"
 SAFETENSORS = "safetensors"
+SAFETENSORS_INDEX = "index of weights in several files"
+NPZ = "NumPy archive"
 
-#: How to turn an unsafe file into a safe one, where it can be trusted; appended to every refusal.
-EXPORT_ADVICE = (
-    "Ask whoever wrote it, or use the program that did, to export the weights alone:\n"
-    "    from safetensors.torch import save_file\n"
-    "    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}\n"
-    '    save_file(state, "weights.safetensors")'
-)
+#: File name endings, and what a file of that name should be.
+SUFFIXES = {
+    ".safetensors": (SAFETENSORS,),
+    ".npz": (NPZ,),
+    ".json": (SAFETENSORS_INDEX,),
+    **dict.fromkeys((".bin", ".pth", ".pt", ".ckpt", ".tar"), (TORCH_ZIP, TORCH_LEGACY)),
+}
 
 _AGAIN = "Download or copy it again."
 _CHUNK = 1 << 20
 _MAX_HEADER = 100_000_000  # the limit that safetensors sets itself
 # What torch.save writes first in its legacy format: the pickled magic number 0x1950a86a20f9469cfc6c.
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-# Names that an ordinary state dict asks for; only used to keep them out of the refusal's text.
-_ORDINARY = re.compile(
-    r"torch\._utils\.\w+|torch\.[A-Za-z0-9]+|torch\.storage\.\w+|torch\.nn\.parameter\.Parameter"
-    r"|collections\.OrderedDict|argparse\.Namespace|_codecs\.encode"
-)
+_TAR_MAGIC_AT = 257
+# Other kinds of files that are taken for weights, by their first bytes, and what to do with them.
+_OTHERS = {
+    b"\x1f\x8b": "is compressed by gzip. Unpack it first: gunzip.",
+    b"\xfd7zXZ\0": "is compressed by xz. Unpack it first: unxz.",
+    b"BZh": "is compressed by bzip2. Unpack it first: bunzip2.",
+    b"\x28\xb5\x2f\xfd": "is compressed by zstd. Unpack it first: unzstd.",
+    b"7z\xbc\xaf\x27\x1c": "is a 7z archive. Unpack it first.",
+    b"Rar!": "is a RAR archive. Unpack it first.",
+    b"\x89HDF": "is an HDF5 file (Keras or TensorFlow weights). Export the weights of the PyTorch model.",
+    b"GGUF": "is a GGUF file, whose weights are quantised. Export the weights of the PyTorch model.",
+    b"\x93NUMPY": "is a single NumPy array. A model needs all of its arrays by name: numpy.savez.",
+    b"\x89PNG": "is a picture. Images are given by --images.",
+    b"\xff\xd8\xff": "is a picture. Images are given by --images.",
+}
+
+
+class DamagedMemberError(DamagedFileError):
+    """A member of a torch zip archive does not have its checksum.
+
+    Attributes:
+        member: its name in the archive.
+    """
+
+    def __init__(self, message: str, member: str) -> None:
+        super().__init__(message)
+        self.member = member
 
 
 def recognise(path: Path) -> str:
-    """The file's format: :data:`TORCH_ZIP`, :data:`TORCH_LEGACY` or :data:`SAFETENSORS`.
+    """The file's format: one of the five names above.
 
     Raises:
         ModelError: it cannot be read.
-        DamagedFileError: it is empty, truncated, altered, or none of the three.
-        UnsafeFileError: it is a TorchScript archive, or a pickle that torch.save did not write.
+        DamagedFileError: it is empty, truncated, altered, or none of the five.
+        UnsafeFileError: it is a program (TorchScript, torch.export) or a pickle that asks for more than tensors and
+            plain containers.
     """
     try:
         with path.open("rb") as stream:
@@ -59,42 +88,27 @@ def recognise(path: Path) -> str:
         _check_safetensors(path, int.from_bytes(head[:8], "little"))
         return SAFETENSORS
     if head.startswith(b"PK"):
-        _check_zip(path)
-        return TORCH_ZIP
+        return _check_zip(path)
     if head.startswith(_LEGACY_MAGIC):
+        with path.open("rb") as stream:
+            _check_pickle(path, foreign_globals(stream))
         return TORCH_LEGACY
+    if head.lstrip().startswith(b"{") and "weight_map" in _as_json(path):
+        return SAFETENSORS_INDEX
     raise _unrecognised(path, head)
 
 
-def foreign_globals(path: Path, file_format: str) -> list[str]:
-    """Names of classes and functions that a pickle asks for beyond those of a state dict; nothing is executed."""
-    if file_format == TORCH_ZIP:
-        with zipfile.ZipFile(path) as archive:
-            record = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-            with archive.open(record) as stream:
-                names = _globals(stream)
-    else:
-        with path.open("rb") as stream:
-            names = _globals(stream)
-    return [name for name in names if not _ORDINARY.fullmatch(name)]
+def _check_pickle(path: Path, foreign: list[str]) -> None:
+    if foreign:
+        raise refusal(path, foreign)
 
 
-def _globals(stream: IO[bytes]) -> list[str]:
-    """Every global that consecutive pickles name, in order, by disassembly."""
-    names: dict[str, None] = {}
-    strings: list[str] = []
+def _as_json(path: Path) -> dict[str, Any]:
     try:
-        while True:
-            for opcode, argument, _ in pickletools.genops(stream):
-                if opcode.name in ("GLOBAL", "INST"):
-                    names[str(argument).replace(" ", ".")] = None
-                elif opcode.name == "STACK_GLOBAL":
-                    # Its two operands are almost always the last two strings pushed; good enough for a message.
-                    names[".".join(strings[-2:])] = None
-                elif isinstance(argument, str):
-                    strings.append(argument)
-    except Exception:  # the end of the pickles, or bytes that are no pickle: what was found so far stands
-        return list(names)
+        content = json.loads(path.read_bytes()) if path.stat().st_size <= _MAX_HEADER else None
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _unrecognised(path: Path, head: bytes) -> ModelError:
@@ -107,41 +121,59 @@ def _unrecognised(path: Path, head: bytes) -> ModelError:
             f"{_AGAIN}"
         )
     if head.startswith(b"\x80"):
-        names = foreign_globals(path, TORCH_LEGACY)
-        asks = f" It asks for {_listed(names)}." if names else ""
+        with path.open("rb") as stream:
+            names = foreign_globals(stream)
+        asks = f" It asks for {listed(names)}." if names else ""
         return UnsafeFileError(
             f"{path} is a Python pickle that torch.save did not write; reading it could run any code.{asks} "
             f"{EXPORT_ADVICE}"
         )
+    if head[_TAR_MAGIC_AT : _TAR_MAGIC_AT + 5] == b"ustar":
+        return _tar(path)
+    for magic, words in _OTHERS.items():
+        if head.startswith(magic):
+            return DamagedFileError(f"{path} {words}")
     return DamagedFileError(
-        f"{path} is not a checkpoint: it starts with {head[:8]!r}. Expected a file written by torch.save, or "
-        "safetensors."
+        f"{path} is not a checkpoint: it starts with {head[:8]!r}. Expected a file written by torch.save, "
+        "safetensors, or a NumPy archive of weights."
     )
 
 
-def refusal(path: Path, names: list[str]) -> UnsafeFileError:
-    """The error for a torch file whose pickle needs more than tensors and plain containers."""
-    asks = f"asks for {_listed(names)}" if names else "holds pickle instructions that the safe loader refuses"
-    return UnsafeFileError(
-        f"{path} {asks}: reading it would run code from outside a state dict (a whole pickled model, perhaps), so it "
-        f"was not read. {EXPORT_ADVICE}"
+def _tar(path: Path) -> ModelError:
+    try:
+        with tarfile.open(path, "r:") as archive:
+            member = archive.next()
+            names = [] if member is None else [member.name, *(item.name for item in (archive.next(),) if item)]
+    except (tarfile.TarError, OSError, EOFError):
+        names = []
+    if {name.strip("./") for name in names} & {"sys_info", "pickle", "storages", "tensors"}:
+        return UnsafeFileError(
+            f"{path} is of the tar format that torch.save wrote before 2017; its pickles could run any code, so it was "
+            f"not read. {EXPORT_ADVICE}"
+        )
+    return DamagedFileError(
+        f"{path} is a tar archive ({listed(names) or 'damaged'}). Unpack it and name the weights file in it."
     )
 
 
-def _listed(names: list[str], limit: int = 3) -> str:
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest
-
-
-def _check_zip(path: Path) -> None:
+def _check_zip(path: Path) -> str:
     if not zipfile.is_zipfile(path):
         raise DamagedFileError(f"{path} is a truncated zip archive: its table of contents is missing. {_AGAIN}")
     try:
         with zipfile.ZipFile(path) as archive:
-            _check_names(path, archive.namelist())
+            names = archive.namelist()
+            if names and all(name.endswith(".npy") for name in names):
+                check_arrays(path, archive)
+                return NPZ
+            _check_names(path, names)
             _check_members(path, archive)
-    except (zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError, OSError, ValueError) as error:
+            record = next(item for item in archive.infolist() if item.filename.partition("/")[2] == "data.pkl")
+            if record.CRC == 0:
+                record.CRC = None  # type: ignore[assignment]  # otherwise zipfile takes it for a checksum
+            _check_pickle(path, foreign_globals(io.BytesIO(archive.read(record))))
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, OSError, ValueError) as error:
         raise DamagedFileError(f"{path} is a damaged zip archive: {error}. {_AGAIN}") from None
+    return TORCH_ZIP
 
 
 def _check_names(path: Path, names: list[str]) -> None:
@@ -151,25 +183,36 @@ def _check_names(path: Path, names: list[str]) -> None:
             f"{path} is a TorchScript archive, a program and not only weights. Export the state dict where the model "
             "was made: torch.save(model.state_dict(), 'weights.pt')."
         )
+    if "archive_format" in tops or any(name.endswith("serialized_exported_program.json") for name in names):
+        raise UnsafeFileError(
+            f"{path} is an archive of torch.export, a program and not only weights. Export the state dict where the "
+            "model was made: torch.save(model.state_dict(), 'weights.pt')."
+        )
     if "data.pkl" not in tops:
         raise DamagedFileError(
-            f"{path} is a zip archive that torch.save did not write (it holds {_listed(names) or 'nothing'})."
+            f"{path} is a zip archive that torch.save did not write (it holds {listed(names) or 'nothing'})."
         )
 
 
 def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
     """Every checksum, in chunks; torch.save never compresses, so a member that claims to is no checkpoint's."""
     members = archive.infolist()
+    if len({member.filename for member in members}) < len(members):
+        # Readers differ in which of two members of one name they take.
+        raise DamagedFileError(f"{path} is a damaged zip archive: it holds members of the same name. {_AGAIN}")
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise DamagedFileError(f"{path} is a compressed zip archive, which torch.save never writes. Unpack it first.")
     if sum(member.file_size for member in members) > path.stat().st_size:
         raise DamagedFileError(f"{path} is a damaged zip archive: its members are larger than the file. {_AGAIN}")
     for member in members:
-        if member.CRC == 0:  # written with torch.serialization.set_crc32_options(False)
+        if member.CRC == 0:  # none: written with torch.serialization.set_crc32_options(False)
             continue
-        with archive.open(member) as stream:
-            while stream.read(_CHUNK):
-                pass
+        try:
+            with archive.open(member) as stream:
+                while stream.read(_CHUNK):
+                    pass
+        except zipfile.BadZipFile as error:
+            raise DamagedMemberError(f"{path} is a damaged zip archive: {error}. {_AGAIN}", member.filename) from None
 
 
 def _check_safetensors(path: Path, length: int) -> None:

@@ -12,12 +12,13 @@ import sys
 from collections.abc import Mapping
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from collapse_probe.errors import WeightsMismatchError
+from collapse_probe.loading.signatures import SIZED
 
 _PATCH = "patch_embed.proj.weight"
+_MAX_PREFIX = 5  # a class token and four registers
 
 
 def fit_weights(
@@ -46,6 +47,8 @@ def fit_weights(
     fitted = dict(state)
     if fitted.keys() != own.keys() or (resample and _shapes(fitted) != _shapes(own)):
         fitted = _converted(model, fitted)
+        if not resample:
+            _check_resized(state, fitted, what)
         if not keep_head:
             _size_head(model, fitted, drop_missing=True)
             own = model.state_dict()
@@ -62,15 +65,6 @@ def fit_weights(
     except RuntimeError as error:
         raise WeightsMismatchError(f"The weights of {what} cannot be copied: {error}") from None
     return sorted(key for key, tensor in fitted.items() if key not in state or state[key].shape != tensor.shape)
-
-
-def non_finite(model: nn.Module) -> list[str]:
-    """Keys of parameters and buffers that hold NaN or infinities."""
-    return [
-        key
-        for key, tensor in model.state_dict().items()
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
-    ]
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -121,6 +115,19 @@ def _check_positions(model: nn.Module, state: Mapping[str, Tensor], what: str) -
         f"{what}: the file has {theirs.shape[1]} position embeddings, the model {ours.shape[1]}: the weights are for "
         f"another image size. {_size_advice(model, theirs.shape[1], ours.shape[1])}"
     )
+
+
+def _check_resized(state: Mapping[str, Tensor], fitted: Mapping[str, Tensor], what: str) -> None:
+    """Refuse tables of positions that a converter resized without a word: of a size that the file does not hold."""
+    sizes = {tensor.numel() for tensor in state.values()}
+    for key, tensor in fitted.items():
+        # A converter may cut prefix tokens off the positions, or put them there.
+        near = {tensor.numel() + tokens * tensor.shape[-1] for tokens in range(-_MAX_PREFIX, _MAX_PREFIX + 1)}
+        if SIZED.search(key) and not near & sizes:
+            raise WeightsMismatchError(
+                f"{what}: {key} would have to be resized to {list(tensor.shape)}: the weights are for another image "
+                "size. Give the size that they were trained at with --img-size."
+            )
 
 
 def _size_advice(model: nn.Module, theirs: int, ours: int) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import json
 import pickle
 import struct
+import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ from torch import nn
 
 from collapse_probe.errors import DamagedFileError, ModelError, UnsafeFileError
 from collapse_probe.loading.checkpoint import read_checkpoint
-from collapse_probe.loading.content import SAFETENSORS, TORCH_LEGACY, TORCH_ZIP, recognise
+from collapse_probe.loading.content import NPZ, SAFETENSORS, TORCH_LEGACY, TORCH_ZIP, recognise
+from collapse_probe.loading.pickles import foreign_globals
 
 STATE = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.zeros(3)}
 
@@ -103,6 +106,11 @@ def test_every_format_is_read_whatever_the_name(tmp_path: Path, format_: str) ->
         (b"hello, this is a note about weights", "is not a checkpoint"),
         (b"cposix\nsystem\n(S'true'\ntR.", "is not a checkpoint"),
         (b"PK\x03\x04" + b"\1" * 500, "is a truncated zip archive"),
+        (gzip.compress(b"weights"), "is compressed by gzip. Unpack it first"),
+        (b"\x89HDF\r\n\x1a\n" + b"\0" * 99, "is an HDF5 file"),
+        (b"\x89PNG\r\n\x1a\n" + b"\0" * 99, "is a picture"),
+        (b"GGUF" + b"\0" * 99, "is a GGUF file"),
+        (b'{"model_type": "vit"}', "is not a checkpoint"),
     ],
 )
 def test_other_content_is_named(tmp_path: Path, content: bytes, fragment: str) -> None:
@@ -124,12 +132,15 @@ def test_truncated_zip(tmp_path: Path, share: float) -> None:
 
 
 def test_flipped_bit_in_a_tensor_is_found(tmp_path: Path) -> None:
-    whole = bytearray(_bytes({"weight": torch.full((64,), 3.25)}))
+    whole = bytearray(
+        _bytes({"model": {"first": torch.zeros(5), "weight": torch.full((64,), 3.25)}, "z": torch.ones(9)})
+    )
     at = whole.index(np.float32(3.25).tobytes() * 8)
     whole[at + 5] ^= 1
     path = _write(tmp_path, bytes(whole))
     torch.load(path, weights_only=True)  # torch itself does not notice
-    _refused(path, DamagedFileError, "is a damaged zip archive: Bad CRC-32")
+    text = _refused(path, DamagedFileError, "is a damaged zip archive: Bad CRC-32")
+    assert text.endswith("The damage is in model.weight.")
 
 
 def test_archives_without_checksums_are_read(tmp_path: Path) -> None:
@@ -142,9 +153,42 @@ def test_archives_without_checksums_are_read(tmp_path: Path) -> None:
     assert torch.equal(read_checkpoint(path).state["weight"], STATE["weight"])
 
 
-def test_numpy_archive(tmp_path: Path) -> None:
-    np.savez(tmp_path / "weights.npz", weight=np.zeros(3))
-    _refused(tmp_path / "weights.npz", DamagedFileError, r"torch.save did not write \(it holds weight.npy\)")
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_numpy_archive(tmp_path: Path, save: Any) -> None:
+    weight = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    save(tmp_path / "weights.pt", weight=weight, scalar=np.float32(2))
+    checkpoint = read_checkpoint(tmp_path / "weights.pt.npz")
+    assert checkpoint.facts["format"] == NPZ
+    assert np.array_equal(checkpoint.state["weight"].numpy(), weight)
+    assert checkpoint.state["scalar"].shape == ()
+
+
+def test_numpy_archive_of_objects(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    np.savez(tmp_path / "weights.npz", weight=np.array([Canary(canary)], dtype=object), allow_pickle=True)
+    _refused(tmp_path / "weights.npz", UnsafeFileError, "array of Python objects would have to be unpickled")
+    assert not canary.exists()
+
+
+def test_numpy_bomb(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "bomb.npz", weight=np.zeros(30_000_000, np.float32))
+    _refused(tmp_path / "bomb.npz", DamagedFileError, "would unpack to more than 100 times its size")
+
+
+def test_numpy_header_that_claims_too_much(tmp_path: Path) -> None:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (100000, 100000)})
+    with zipfile.ZipFile(tmp_path / "w.npz", "w") as archive:
+        archive.writestr("weight.npy", header.getvalue() + b"\0" * 64)
+    _refused(tmp_path / "w.npz", DamagedFileError, "weight.npy describes 40000000000 bytes of numbers and holds 64")
+
+
+def test_damaged_numpy_archive(tmp_path: Path) -> None:
+    np.savez(tmp_path / "w.npz", weight=np.full(64, 3.25, np.float32))
+    whole = bytearray((tmp_path / "w.npz").read_bytes())
+    whole[whole.index(np.float32(3.25).tobytes() * 8) + 5] ^= 1
+    _refused(_write(tmp_path, bytes(whole)), DamagedFileError, "is a damaged zip archive: Bad CRC-32")
+    _refused(_write(tmp_path, bytes(whole[:200])), DamagedFileError, "is a truncated zip archive")
 
 
 def test_compressed_archive(tmp_path: Path) -> None:
@@ -262,3 +306,92 @@ def test_every_prefix_and_every_flipped_byte_ends_in_a_known_way(tmp_path: Path)
             for content in (bytes(broken), whole[: generator.integers(len(whole))]):
                 with contextlib.suppress(DamagedFileError, UnsafeFileError):
                     assert read_checkpoint(_write(tmp_path, content)).state
+
+
+# -- other archives ----------------------------------------------------------------------------------------------------
+
+
+def test_members_of_one_name(tmp_path: Path) -> None:
+    path = tmp_path / "two.pt"
+    with zipfile.ZipFile(io.BytesIO(_bytes(STATE))) as good, zipfile.ZipFile(path, "w") as doubled:
+        for name in good.namelist():
+            doubled.writestr(name, good.read(name))
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            doubled.writestr("archive/data.pkl", good.read("archive/data.pkl"))
+    _refused(path, DamagedFileError, "it holds members of the same name")
+
+
+def test_torch_export(tmp_path: Path) -> None:
+    program = torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),))
+    torch.export.save(program, tmp_path / "program.pt2")
+    _refused(tmp_path / "program.pt2", UnsafeFileError, "is an archive of torch.export")
+
+
+def _tar(folder: Path, names: list[str]) -> Path:
+    path = folder / "weights.tar"
+    with tarfile.open(path, "w") as archive:
+        for name in names:
+            archive.addfile(tarfile.TarInfo(name), io.BytesIO())
+    return path
+
+
+def test_tar_archives(tmp_path: Path) -> None:
+    old = _tar(tmp_path, ["sys_info", "pickle", "storages", "tensors"])
+    assert "save_file(state" in _refused(old, UnsafeFileError, "is of the tar format that torch.save wrote before 2017")
+    _refused(_tar(tmp_path, ["vit/weights.pt"]), DamagedFileError, r"is a tar archive \(vit/weights.pt\). Unpack it")
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_names_are_found_however_a_pickle_spells_them(tmp_path: Path, protocol: int) -> None:
+    """Protocol 4 pushes module and name as strings, which later uses take from the memo."""
+    hostile = [System(tmp_path / "a"), Canary(tmp_path / "b"), System(tmp_path / "c")]
+    names = foreign_globals(io.BytesIO(pickle.dumps(hostile, protocol=protocol)))
+    assert any(name.endswith(".system") for name in names)
+    assert any("pathlib" in name for name in names)
+
+
+def test_torch_never_sees_a_pickle_with_foreign_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch read the file"))
+    for zipped in (True, False):
+        content = _bytes({**STATE, "x": System(tmp_path / "canary")}, _use_new_zipfile_serialization=zipped)
+        _refused(_write(tmp_path, content), UnsafeFileError, "asks for posix.system")
+
+
+def test_many_names_for_one_storage(tmp_path: Path) -> None:
+    weight = torch.zeros(1000)
+    _refused(_write(tmp_path, _bytes({f"w{i}": weight for i in range(200)})), DamagedFileError, "its tensors claim")
+    tied = {"a": weight, "b": weight}
+    assert read_checkpoint(_write(tmp_path, _bytes(tied))).state.keys() == tied.keys()
+
+
+# -- weights in several files ------------------------------------------------------------------------------------------
+
+
+def _indexed(folder: Path, weight_map: dict[str, str]) -> Path:
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps({"metadata": {"total_size": 9}, "weight_map": weight_map}))
+    return path
+
+
+def test_index_of_several_files(tmp_path: Path) -> None:
+    save_file({"weight": STATE["weight"]}, tmp_path / "model-1.safetensors")
+    save_file({"bias": STATE["bias"]}, tmp_path / "model-2.safetensors")
+    path = _indexed(tmp_path, {"weight": "model-1.safetensors", "bias": "model-2.safetensors"})
+    checkpoint = read_checkpoint(path)
+    assert all(torch.equal(checkpoint.state[key], STATE[key]) for key in STATE)
+    files = [path, tmp_path / "model-1.safetensors", tmp_path / "model-2.safetensors"]
+    assert checkpoint.facts["size_bytes"] == sum(file.stat().st_size for file in files)
+    (tmp_path / "model-2.safetensors").unlink()
+    _refused(path, DamagedFileError, "names 2 files of weights, and model-2.safetensors is missing beside it")
+
+
+@pytest.mark.parametrize("name", ["../model-1.safetensors", "/etc/passwd", "", 3, "model.safetensors.index.json"])
+def test_index_that_leads_elsewhere(tmp_path: Path, name: Any) -> None:
+    save_file({"weight": STATE["weight"]}, tmp_path / "model-1.safetensors")
+    _refused(_indexed(tmp_path, {"weight": name}), DamagedFileError, "index")
+
+
+def test_index_that_promises_more_than_there_is(tmp_path: Path) -> None:
+    save_file({"weight": STATE["weight"]}, tmp_path / "model-1.safetensors")
+    path = _indexed(tmp_path, {"weight": "model-1.safetensors", "bias": "model-1.safetensors"})
+    _refused(path, DamagedFileError, "promises 1 tensors that its files do not hold, bias first")

@@ -31,6 +31,7 @@ from collapse_probe.progress import ProgressBar
 from collapse_probe.ranks import ranks
 from collapse_probe.result import Analysis
 from collapse_probe.shards import Shard
+from collapse_probe.skipping import SKIPPED_ALLOWED
 from collapse_probe.streaming import Progress, Run
 from collapse_probe.weights import untouched_norms, unused_heads
 
@@ -55,6 +56,7 @@ def analyze(
     batch_size: int = 32,
     workers: int = 0,
     num_samples: int | None = None,
+    max_skipped: float = SKIPPED_ALLOWED,
     device: str = "auto",
     amp: bool = False,
     amp_dtype: str = "bfloat16",
@@ -86,6 +88,7 @@ def analyze(
         batch_size: images in a forward pass. Results do not depend on it, except where `until_se` ends the run.
         workers: processes that decode images; 0 decodes in this one.
         num_samples: how many images to look at; by default all, of a folder at most 1000, chosen by `seed`.
+        max_skipped: share of all images that may be unreadable, 0 to 1, before the analysis stops.
         device: ``"auto"``, or what `torch.device` accepts. A module stays where it is under ``"auto"``.
         amp, amp_dtype: run the model under autocast in ``"bfloat16"`` or ``"float16"``; metrics stay in float32.
         seed: chooses the images of a folder and their order, and draws a random network's weights.
@@ -109,7 +112,7 @@ def analyze(
     Raises:
         UsageError: an argument is out of range or contradicts another.
         ModelError: the model source was rejected, or no attention map could be captured.
-        ImagesError: no usable images.
+        ImagesError: no usable images, or more than `max_skipped` of them could not be read.
         ResourceError: out of memory.
     """
     given = {name: value for name, value in locals().items() if name not in ("model", "images", "distributed")}
@@ -219,7 +222,7 @@ interpolation, progress, settings: as those of :func:`analyze`; the same for all
     bar = ProgressBar() if progress is True else progress or None
     run = Run(options, target, bar, source.count)
     with _prepared(network, target), bar if isinstance(bar, ProgressBar) and progress is True else nullcontext():
-        run.through(network, _readable(source))
+        run.through(network, _readable(source, options.max_skipped))
     partial = run.partial()
     partial.provenance = {
         **described,
@@ -235,12 +238,12 @@ interpolation, progress, settings: as those of :func:`analyze`; the same for all
     return partial
 
 
-def _readable(source: ImageSource) -> Iterator[Batch]:
+def _readable(source: ImageSource, max_skipped: float) -> Iterator[Batch]:
     """The batches, until too many images turn out to be unreadable: then at once, not when all work is done."""
     for batch in source.batches():
-        check_skipped(source)
+        check_skipped(source, max_skipped)
         yield batch
-    check_skipped(source)  # the last files may have filled no batch
+    check_skipped(source, max_skipped)  # the last files may have filled no batch
 
 
 @contextmanager

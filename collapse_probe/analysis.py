@@ -6,6 +6,7 @@ shards, of which there may be one, into readings and a verdict, and needs neithe
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 import time
@@ -21,7 +22,16 @@ from torch import Tensor, nn
 import collapse_probe.models as bundled_models  # registers the bundled architectures with timm before any is loaded
 from collapse_probe.errors import UsageError
 from collapse_probe.fingerprint import images_fingerprint, weights_fingerprint
-from collapse_probe.loading import Batch, ImageSource, check_skipped, data_config, load_model, open_images
+from collapse_probe.loading import (
+    Batch,
+    ImageSource,
+    check_skipped,
+    data_config,
+    labels_of,
+    load_model,
+    matches_model,
+    open_images,
+)
 from collapse_probe.loading.fit import non_finite
 from collapse_probe.merging import merge, merge_one_by_one
 from collapse_probe.metrics.functional.ratio import SIMILAR
@@ -207,9 +217,10 @@ interpolation, progress, settings: as those of :func:`analyze`; the same for all
         images, config=config, batch_size=options.batch_size, workers=options.workers,
         num_samples=_samples(images, options.num_samples), seed=options.seed, shard=options.shard,
     )  # fmt: skip
+    fits = matches_model(network, config, img_size) if source.kind == "folder" else "done by the caller"
     described: dict[str, Any] = {
         "model": getattr(network, "provenance", None) or {"architecture": type(network).__name__, "source": "module"},
-        "images": source.describe() | {"total": source.total, "bundled": bundled},
+        "images": source.describe() | {"total": source.total, "bundled": bundled, "matches_model": fits},
         "device": _device_name(target),
         "versions": _versions(),
     }
@@ -220,13 +231,13 @@ interpolation, progress, settings: as those of :func:`analyze`; the same for all
         if finished is not None and is_same_shard(finished, planned):
             return finished
     bar = ProgressBar() if progress is True else progress or None
-    run = Run(options, target, bar, source.count)
+    run = Run(options, target, bar, source.count, functools.partial(labels_of, source, network))
     with _prepared(network, target), bar if isinstance(bar, ProgressBar) and progress is True else nullcontext():
         run.through(network, _readable(source, options.max_skipped))
     partial = run.partial()
     partial.provenance = {
         **described,
-        "images": described["images"] | {"count": run.images, "skipped": list(source.skipped)},
+        "images": described["images"] | {"count": run.images, "skipped": list(source.skipped), **run.top1.described()},
         "seconds": round(time.perf_counter() - started, 2),
     }
     partial.provenance["normalisation"] = untouched_norms(network)

@@ -17,6 +17,7 @@ from collapse_probe.options import Options
 from collapse_probe.partial import Partial, check_shards
 from collapse_probe.result import Analysis
 from collapse_probe.skipping import SKIPPED_ALLOWED, check_count, check_share
+from collapse_probe.top1 import Top1
 
 
 def merge(partials: Sequence[Partial | str | Path], max_skipped: float | None = None) -> Analysis:
@@ -78,11 +79,13 @@ def readings(shards: Iterable[Partial]) -> Analysis:
     first = shard.header()
     options = Options(**{**first.options, "layers": tuple(first.options["layers"])})
     options.check()
+    top1 = Top1()
     groups = [MeasuredGroup.restored(header) for header in first.groups]
     streams = [MeasuredStream.restored(header) for header in first.streams]
     while shard is not None:
         for item in (*groups, *streams):
             item.add(shard)
+        top1.add(shard)
         del shard  # before the next one comes
         shard = next(remaining, None)
     results, rows = zip(*(group.result(options) for group in groups), strict=True)
@@ -96,12 +99,19 @@ def readings(shards: Iterable[Partial]) -> Analysis:
         list(results),
         provenance={
             "options": first.options,
+            **_top1(top1, first),
             "image_independent": "all pairs of images" if exact else f"pairs of images within blocks of {BLOCK}",
         },
         not_captured=first.not_captured,
         streams=list(own_streams),
         absent=first.absent,
     )
+
+
+def _top1(counts: Top1, shard: Partial) -> dict[str, Any]:
+    """What was right of the images of all shards, where any of them says how labels are known."""
+    found = counts.result(shard.provenance.get("images", {}).get("labels", {}))
+    return {"top1": found} if found else {}
 
 
 @contextmanager

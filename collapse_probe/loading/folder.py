@@ -18,6 +18,7 @@ from collapse_probe.loading.data_config import make_transform
 from collapse_probe.loading.decode import DECODING, decode, image_extensions
 from collapse_probe.loading.image_source import Batch, ImageSource
 from collapse_probe.shards import WHOLE, Shard
+from collapse_probe.words import neutral
 
 
 class FolderImages(ImageSource):
@@ -29,6 +30,8 @@ class FolderImages(ImageSource):
     Attributes:
         root: the folder.
         paths: relative paths with forward slashes, of all shards, in order.
+        folders: names of the folders right below the root that hold images, those of `paths` and all others, sorted; an
+            empty one where images lie in the root itself.
         other_files: how many files were left out because their extension is no image's.
     """
 
@@ -56,6 +59,7 @@ class FolderImages(ImageSource):
                 f"Image files give 1 or 3 channels and the model takes {channels}: pass a tensor instead."
             )
         found, self.other_files = list_images(self.root)
+        self.folders = sorted({path.rpartition("/")[0].partition("/")[0] for path in found})
         self.paths = seeded_order(found, seed)[:num_samples]
         super().__init__(config, len(self.paths), shard)
         self._batch_size, self._workers, self._seed = batch_size, workers, seed
@@ -181,7 +185,7 @@ def _blocks(path: Path) -> bool:
 
 
 def _cannot_list(error: OSError) -> NoReturn:
-    raise ImagesError(f"Cannot list {error.filename}: {error.strerror}.") from None
+    raise ImagesError(f"Cannot list {neutral(str(error.filename))}: {error.strerror}.") from None
 
 
 def seeded_order(paths: list[str], seed: int) -> list[str]:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import html
 import io
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -21,6 +25,7 @@ from collapse_probe.cli.app import app
 from collapse_probe.errors import ImagesError, UsageError
 from collapse_probe.loading.decode import DECODING
 from collapse_probe.loading.folder import seeded_order
+from collapse_probe.models import bundled_images
 from collapse_probe.report import content, print_summary, render_html
 from collapse_probe.report.terminal import print_comparison
 from tests.analysis_factory import make_analysis
@@ -318,6 +323,31 @@ def test_the_warning_stands_before_the_verdict():
     side_by_side = io.StringIO()
     print_comparison({"one": analysis}, Console(file=side_by_side, width=300))
     assert sentence in side_by_side.getvalue()
+
+
+@pytest.fixture
+def digits(tmp_path):
+    """The bundled pictures of digits in a folder for each digit."""
+    for picture in bundled_images().glob("*.png"):
+        folder = tmp_path / "digits" / picture.stem[-1]
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(picture, folder)
+    return tmp_path / "digits"
+
+
+def test_a_trained_model_is_right_about_digits_whether_by_one_process_or_two(digits):
+    alone = cp.analyze("digits_vit_24b", digits, **FAST)
+    assert alone.provenance["top1"]["labelled"] == 64
+    assert alone.provenance["top1"]["accuracy"] > 0.9
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "collapse_probe", "analyze",
+        "digits_vit_24b", "--images", str(digits), "--metrics", "attention_entropy",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONUTF8": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert f"top-1: {content.top1(alone)}" in done.stdout
+    assert "labelled images (10 class folders in sorted order)" in done.stdout
 
 
 @pytest.mark.skipif(shared_data() is None, reason="the development data are absent")

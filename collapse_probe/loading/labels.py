@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from timm.data import ImageNetInfo
 from timm.data.imagenet_info import infer_imagenet_subset
-from timm.data.readers.reader_image_folder import natural_key
+from timm.utils.misc import natural_key
 from torch import nn
 
 from collapse_probe.loading.folder import FolderImages

@@ -339,7 +339,7 @@ def warnings(analysis: Analysis) -> list[str]:
         return []
     return [
         f"Top-1 of {top1(analysis)} is not above chance level ({100 / found['classes']:.3g} %): preprocessing, the "
-        "order of the labels, the head or the weights do not fit. Other readings may be of a model that nobody uses."
+        "order of the labels, the head or the weights do not fit. The other readings are of the model in that state."
     ]
 
 

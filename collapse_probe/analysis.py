@@ -6,6 +6,7 @@ shards, of which there may be one, into readings and a verdict, and needs neithe
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 import time
@@ -21,7 +22,16 @@ from torch import Tensor, nn
 import collapse_probe.models as bundled_models  # registers the bundled architectures with timm before any is loaded
 from collapse_probe.errors import UsageError
 from collapse_probe.fingerprint import images_fingerprint, weights_fingerprint
-from collapse_probe.loading import Batch, ImageSource, check_skipped, data_config, load_model, open_images
+from collapse_probe.loading import (
+    Batch,
+    ImageSource,
+    check_skipped,
+    data_config,
+    labels_of,
+    load_model,
+    matches_model,
+    open_images,
+)
 from collapse_probe.loading.soundness import constant_matrices, non_finite
 from collapse_probe.merging import merge, merge_one_by_one
 from collapse_probe.metrics.functional.ratio import SIMILAR
@@ -31,6 +41,7 @@ from collapse_probe.progress import ProgressBar
 from collapse_probe.ranks import ranks
 from collapse_probe.result import Analysis
 from collapse_probe.shards import Shard
+from collapse_probe.skipping import SKIPPED_ALLOWED
 from collapse_probe.streaming import Progress, Run
 from collapse_probe.weights import untouched_norms, unused_heads
 
@@ -58,6 +69,7 @@ def analyze(
     batch_size: int = 32,
     workers: int = 0,
     num_samples: int | None = None,
+    max_skipped: float = SKIPPED_ALLOWED,
     device: str = "auto",
     amp: bool = False,
     amp_dtype: str = "bfloat16",
@@ -93,6 +105,7 @@ def analyze(
         batch_size: images in a forward pass. Results do not depend on it, except where `until_se` ends the run.
         workers: processes that decode images; 0 decodes in this one.
         num_samples: how many images to look at; by default all, of a folder at most 1000, chosen by `seed`.
+        max_skipped: share of all images that may be unreadable, 0 to 1, before the analysis stops.
         device: ``"auto"``, or what `torch.device` accepts. A module stays where it is under ``"auto"``.
         amp, amp_dtype: run the model under autocast in ``"bfloat16"`` or ``"float16"``; metrics stay in float32.
         seed: chooses the images of a folder and their order, and draws a random network's weights.
@@ -116,7 +129,7 @@ def analyze(
     Raises:
         UsageError: an argument is out of range or contradicts another.
         ModelError: the model source was rejected, or no attention map could be captured.
-        ImagesError: no usable images.
+        ImagesError: no usable images, or more than `max_skipped` of them could not be read.
         ResourceError: out of memory.
     """
     given = {name: value for name, value in locals().items() if name not in ("model", "images", "distributed")}
@@ -210,9 +223,10 @@ img_size, mean, std, crop_pct, interpolation, progress, settings: as those of :f
         images, config=config, batch_size=options.batch_size, workers=options.workers,
         num_samples=_samples(images, options.num_samples), seed=options.seed, shard=options.shard,
     )  # fmt: skip
+    fits = matches_model(network, config, img_size) if source.kind == "folder" else "done by the caller"
     described: dict[str, Any] = {
         "model": getattr(network, "provenance", None) or {"architecture": type(network).__name__, "source": "module"},
-        "images": source.describe() | {"total": source.total, "bundled": bundled},
+        "images": source.describe() | {"total": source.total, "bundled": bundled, "matches_model": fits},
         "device": _device_name(target),
         "versions": _versions(),
     }
@@ -223,13 +237,13 @@ img_size, mean, std, crop_pct, interpolation, progress, settings: as those of :f
         if finished is not None and is_same_shard(finished, planned):
             return finished
     bar = ProgressBar() if progress is True else progress or None
-    run = Run(options, target, bar, source.count)
+    run = Run(options, target, bar, source.count, functools.partial(labels_of, source, network))
     with _prepared(network, target), bar if isinstance(bar, ProgressBar) and progress is True else nullcontext():
-        run.through(network, _readable(source))
+        run.through(network, _readable(source, options.max_skipped))
     partial = run.partial()
     partial.provenance = {
         **described,
-        "images": described["images"] | {"count": run.images, "skipped": list(source.skipped)},
+        "images": described["images"] | {"count": run.images, "skipped": list(source.skipped), **run.top1.described()},
         "seconds": round(time.perf_counter() - started, 2),
     }
     partial.provenance["normalisation"] = untouched_norms(network)
@@ -254,12 +268,12 @@ def _borrowed(model: object, bundled: bool) -> str | None:
     )
 
 
-def _readable(source: ImageSource) -> Iterator[Batch]:
+def _readable(source: ImageSource, max_skipped: float) -> Iterator[Batch]:
     """The batches, until too many images turn out to be unreadable: then at once, not when all work is done."""
     for batch in source.batches():
-        check_skipped(source)
+        check_skipped(source, max_skipped)
         yield batch
-    check_skipped(source)  # the last files may have filled no batch
+    check_skipped(source, max_skipped)  # the last files may have filled no batch
 
 
 @contextmanager

@@ -10,6 +10,7 @@ CollapseProbeError                    1   also a ValueError or RuntimeError wher
 │   ├── WeightsUnavailableError           the name is known, its weights are not at hand
 │   └── CaptureError                      the model ran and no attention map could be captured
 ├── ImagesError                       4   no images, too few, or too many unreadable ones
+│   └── ImageFileError                    one file is no picture that can be read
 ├── OutputError                       5   results cannot be written
 ├── ResourceError                     6   out of memory even with one image at a time
 └── ConditionError                    7   a condition that the caller set does not hold
@@ -64,6 +65,10 @@ class ImagesError(CollapseProbeError):
     """The image source is empty, too small, or too damaged."""
 
     exit_code = 4
+
+
+class ImageFileError(ImagesError):
+    """One file is no picture that can be read. The message is the reason alone, without the path."""
 
 
 class OutputError(CollapseProbeError):

@@ -16,9 +16,11 @@ from collapse_probe.metrics.tiles import BLOCK
 from collapse_probe.options import Options
 from collapse_probe.partial import Partial, check_shards
 from collapse_probe.result import Analysis
+from collapse_probe.skipping import SKIPPED_ALLOWED, check_count, check_share
+from collapse_probe.top1 import Top1
 
 
-def merge(partials: Sequence[Partial | str | Path]) -> Analysis:
+def merge(partials: Sequence[Partial | str | Path], max_skipped: float | None = None) -> Analysis:
     """The second half of `analyze`: readings and verdict from the sums of all shards.
 
     Of shards in folders, the sums of one at a time are in memory.
@@ -26,11 +28,13 @@ def merge(partials: Sequence[Partial | str | Path]) -> Analysis:
     Args:
         partials: all shards of one analysis, in any order, as `measure` gave them, or the folders that they were saved
             in.
+        max_skipped: share of all images that may be unreadable, 0 to 1; by default the largest that a shard was
+            measured with.
 
     Raises:
-        UsageError: a shard is missing or given twice, or they do not belong together.
+        UsageError: a shard is missing or given twice, they do not belong together, or `max_skipped` is no share.
         DamagedFileError: a folder does not hold a shard as it was saved.
-        ImagesError: no shard holds an image, or more than 1 % of all images could not be read.
+        ImagesError: no shard holds an image, or too many of all images could not be read.
         ResourceError: the sums of a shard do not fit into memory.
     """
     found = [(item.header() if isinstance(item, Partial) else Partial.load_header(item), item) for item in partials]
@@ -38,24 +42,31 @@ def merge(partials: Sequence[Partial | str | Path]) -> Analysis:
     found.sort(key=lambda pair: pair[0].shard.number)
     whole = (item if isinstance(item, Partial) else Partial.load(item) for header, item in found if header.images)
     with nullcontext() if all(isinstance(item, Partial) for item in partials) else _taken_at_its_word():
-        return merge_one_by_one(headers, whole)
+        return merge_one_by_one(headers, whole, max_skipped)
 
 
-def merge_one_by_one(headers: Sequence[Partial], whole: Iterable[Partial]) -> Analysis:
+def merge_one_by_one(
+    headers: Sequence[Partial], whole: Iterable[Partial], max_skipped: float | None = None
+) -> Analysis:
     """The same where shards come one at a time.
 
     Args:
         headers: what all shards say of themselves, checked and in their order.
         whole: those that hold images, in the same order, with their sums.
+        max_skipped: see :func:`merge`.
 
     Raises:
-        DamagedFileError, ImagesError: see :func:`merge`.
+        UsageError, DamagedFileError, ImagesError: see :func:`merge`.
     """
     if not any(header.images for header in headers):
         raise ImagesError("None of these shards holds an image.")
-    _check_skipped(headers)
+    if max_skipped is None:
+        max_skipped = max(header.options.get("max_skipped", SKIPPED_ALLOWED) for header in headers)
+    check_share(max_skipped)
+    _check_skipped(headers, max_skipped)
     analysis = readings(whole)
     analysis.provenance |= _provenance(headers)
+    analysis.provenance["options"] = {**analysis.provenance["options"], "max_skipped": max_skipped}
     analysis.findings = diagnose(analysis, analysis.provenance["options"]["threshold"])
     return analysis
 
@@ -68,11 +79,13 @@ def readings(shards: Iterable[Partial]) -> Analysis:
     first = shard.header()
     options = Options(**{**first.options, "layers": tuple(first.options["layers"])})
     options.check()
+    top1 = Top1()
     groups = [MeasuredGroup.restored(header) for header in first.groups]
     streams = [MeasuredStream.restored(header) for header in first.streams]
     while shard is not None:
         for item in (*groups, *streams):
             item.add(shard)
+        top1.add(shard)
         del shard  # before the next one comes
         shard = next(remaining, None)
     results, rows = zip(*(group.result(options) for group in groups), strict=True)
@@ -86,12 +99,19 @@ def readings(shards: Iterable[Partial]) -> Analysis:
         list(results),
         provenance={
             "options": first.options,
+            **_top1(top1, first),
             "image_independent": "all pairs of images" if exact else f"pairs of images within blocks of {BLOCK}",
         },
         not_captured=first.not_captured,
         streams=list(own_streams),
         absent=first.absent,
     )
+
+
+def _top1(counts: Top1, shard: Partial) -> dict[str, Any]:
+    """What was right of the images of all shards, where any of them says how labels are known."""
+    found = counts.result(shard.provenance.get("images", {}).get("labels", {}))
+    return {"top1": found} if found else {}
 
 
 @contextmanager
@@ -135,17 +155,7 @@ def _skipped(shards: Sequence[Partial]) -> list[dict[str, str]]:
     return [by_path[path] for path in seeded_order(list(by_path), shards[0].provenance["images"]["seed"])]
 
 
-def _check_skipped(shards: Sequence[Partial]) -> None:
+def _check_skipped(shards: Sequence[Partial], allowed: float) -> None:
     """Each shard was lenient with its own unreadable images; together they are judged as those of one pass."""
     skipped = _skipped(shards)
-    if not skipped:
-        return
-    from collapse_probe.loading.image_source import SKIPPED_ALLOWED  # imports timm, which is not needed else
-
-    total = sum(shard.images for shard in shards) + len(skipped)
-    if len(skipped) > SKIPPED_ALLOWED * total:
-        first = "; ".join(f"{entry['path']}: {entry['reason']}" for entry in skipped[:3])
-        raise ImagesError(
-            f"{len(skipped)} of {total} images could not be read, more than {SKIPPED_ALLOWED:.0%}: {first}. "
-            "Remove or repair them, and measure again."
-        )
+    check_count(skipped, sum(shard.images for shard in shards) + len(skipped), allowed)

@@ -8,6 +8,7 @@ from typing import Any
 from collapse_probe.errors import UsageError
 from collapse_probe.metrics.functional.ratio import SIMILAR
 from collapse_probe.shards import Shard
+from collapse_probe.skipping import SKIPPED_ALLOWED, check_share
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Options:
     tile_bytes: int | None = None
     verify: bool = False
     metrics: str = "fast"
+    max_skipped: float = SKIPPED_ALLOWED
     shard: Shard = field(default_factory=Shard)
 
     def described(self) -> dict[str, Any]:
@@ -46,6 +48,7 @@ class Options:
             value = getattr(self, name)
             if value is not None and not isinstance(value, (int, float)):
                 raise UsageError(f"{name} must be a number; got {value!r}.")
+        check_share(self.max_skipped)
         if self.attention not in ("applied", "softmax"):
             raise UsageError(f"attention must be 'applied' or 'softmax'; got {self.attention!r}.")
         if self.amp_dtype not in ("bfloat16", "float16"):

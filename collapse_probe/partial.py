@@ -35,7 +35,7 @@ _SHARED = {
 }
 
 #: Options that say how the work is done and leave readings as they are: shards may differ in them.
-_FREE = {"batch_size", "workers", "device"}
+_FREE = {"batch_size", "workers", "device", "max_skipped"}
 
 #: Types of what `shard.json` holds beside the schema's version and the digest.
 _TYPES = {

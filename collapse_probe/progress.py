@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from collapse_probe.words import neutral
+
 
 class ProgressBar:
     """A progress bar that an analysis can report to; silent when stderr is not a terminal or `quiet` is set."""
@@ -45,4 +47,4 @@ class ProgressBar:
     def note(self, text: str) -> None:
         """A line above the bar; part of the progress, not of the result."""
         if not self._quiet:
-            self._console.print(Text(text), soft_wrap=True)
+            self._console.print(Text(neutral(text, lines=True)), soft_wrap=True, highlight=False)

@@ -21,6 +21,7 @@ import pandas as pd
 
 from collapse_probe.errors import DamagedFileError, UsageError
 from collapse_probe.files import write_atomically
+from collapse_probe.words import neutral
 
 #: Version 2 added windows and partitions; what an analysis of version 1 holds has one window per image. Version 3 added
 #: residual streams, derived readings with intervals, and metrics that are absent.
@@ -63,7 +64,7 @@ class Finding:
     readings: list[dict[str, Any]] = field(default_factory=list)
 
     def __str__(self) -> str:
-        return f"[{self.severity}] {self.title} ({self.evidence})"
+        return neutral(f"[{self.severity}] {self.title} ({self.evidence})")
 
 
 @dataclass
@@ -338,7 +339,7 @@ class Analysis:
         model = self.provenance.get("model", {}).get("architecture", "model")
         images = self.provenance.get("images", {}).get("count", "?")
         verdict = "; ".join(finding.title for finding in self.findings) or "no findings"
-        return f"Analysis({model}, {len(self.layers)} layers, {images} images: {verdict})"
+        return neutral(f"Analysis({model}, {len(self.layers)} layers, {images} images: {verdict})")
 
     def _repr_html_(self) -> str:
         from collapse_probe.report.notebook import to_html

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -31,13 +31,14 @@ from collapse_probe.capture import (
     out_of_order,
 )
 from collapse_probe.errors import CaptureError, ResourceError, UsageError
-from collapse_probe.loading import Batch
+from collapse_probe.loading import Batch, Labels
 from collapse_probe.measured import MeasuredGroup, MeasuredStream
 from collapse_probe.metrics.suite import choose
 from collapse_probe.metrics.tiles import BLOCK
 from collapse_probe.metrics.token_metric import TokenMetric
 from collapse_probe.options import Options
 from collapse_probe.partial import Partial
+from collapse_probe.top1 import Top1
 
 
 class Progress(Protocol):
@@ -88,7 +89,15 @@ class _Waiting:
 class Run:
     """The state of one pass over the images."""
 
-    def __init__(self, options: Options, device: torch.device, progress: Progress | None, total: int | None) -> None:
+    def __init__(
+        self,
+        options: Options,
+        device: torch.device,
+        progress: Progress | None,
+        total: int | None,
+        labels: Callable[[int], Labels | None] | None = None,
+    ) -> None:
+        self.top1 = Top1(labels)
         self.options, self.device, self.progress, self.total = options, device, progress, total
         self.images = 0
         self.groups: list[MeasuredGroup] = []
@@ -120,7 +129,8 @@ class Run:
                 images = batch.images.to(self.device, dtype, non_blocking=True)
                 with torch.inference_mode(), autocast:
                     with capture(model, first and self.options.verify, self._wants_features) as captured:
-                        model(images)
+                        output = model(images)
+                    self.top1.see(output, batch.index)
                     if not self._turned and len(images) > 1:
                         self._turned = True
                         self._leave_out(out_of_order(model, images, captured.maps), captured)
@@ -159,7 +169,7 @@ class Run:
             order=self._order,
             groups=[group.header() for group in self.groups],
             streams=[stream.header() for stream in self.streams],
-            sums={name: values for item in measured for name, values in item.sums().items()},
+            sums={name: values for item in measured for name, values in item.sums().items()} | self.top1.sums(),
             not_captured=[{"layer": name, "reason": reason} for name, reason in self.not_captured.items()],
             absent=absent,
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pandas as pd
 
@@ -51,7 +53,7 @@ def make_analysis(
 ) -> Analysis:
     """One group of token attention in a ViT whose later blocks grow alike."""
     group = make_group("A", [f"blocks.{i}.attn" for i in range(layers)], heads, grid, prefix)
-    return Analysis(make_table(group), [group], list(FINDINGS), dict(PROVENANCE))
+    return Analysis(make_table(group), [group], list(FINDINGS), copy.deepcopy(PROVENANCE))
 
 
 def two_groups() -> Analysis:
@@ -59,7 +61,7 @@ def two_groups() -> Analysis:
     first = make_group("A", [f"blocks.{i}.attn" for i in range(10)], 3, (14, 14), 0)
     second = make_group("B", [f"blocks_token_only.{i}.attn" for i in range(2)], 3, (14, 14), 1, kind="class", queries=1)
     table = pd.concat([make_table(first), make_table(second)])
-    return Analysis(table, [first, second], list(FINDINGS), dict(PROVENANCE))
+    return Analysis(table, [first, second], list(FINDINGS), copy.deepcopy(PROVENANCE))
 
 
 def hierarchy() -> Analysis:
@@ -75,7 +77,7 @@ def hierarchy() -> Analysis:
         make_group("E", names[2], **(settings | {"kind": "token", "grid": (10, 10), "heads": 6})),
     ]
     table = pd.concat([make_table(group) for group in groups]).loc[[name for stage in names for name in stage]]
-    return Analysis(table, groups, list(FINDINGS), dict(PROVENANCE))
+    return Analysis(table, groups, list(FINDINGS), copy.deepcopy(PROVENANCE))
 
 
 def make_full(analysis: Analysis, seed: int = 0) -> Analysis:

@@ -13,7 +13,7 @@ import collapse_probe
 
 PACKAGE = Path(collapse_probe.__file__).parent
 ROOMS = {"capture", "metrics", "models", "loading", "plots", "report"}
-SHARED = {"errors", "files", "readings", "result", "shards"}
+SHARED = {"errors", "files", "readings", "result", "shards", "skipping", "words"}
 ALLOWED = {"report": {"plots"}}
 
 

@@ -15,6 +15,7 @@ from collapse_probe.cli.arguments import keyword_arguments
 from collapse_probe.cli.outcome import with_exit_codes
 from collapse_probe.errors import DamagedFileError, UsageError
 from collapse_probe.shards import Shard
+from collapse_probe.skipping import SKIPPED_ALLOWED
 
 MODEL, IMAGES, RUN, RESULT = "Model", "Images", "Running", "Result"
 
@@ -75,6 +76,9 @@ def analyze(
         int | None,
         typer.Option(help="How many images to look at; at most 1000 of a folder by default.", rich_help_panel=IMAGES),
     ] = None,
+    max_skipped: Annotated[
+        float, typer.Option(help="Share of the images that may be unreadable.", rich_help_panel=IMAGES)
+    ] = SKIPPED_ALLOWED,
     seed: Annotated[int, typer.Option(help="Chooses images and their order.", rich_help_panel=IMAGES)] = 0,
     img_size: Annotated[int | None, typer.Option(help="Side of the input in pixels.", rich_help_panel=IMAGES)] = None,
     mean: Annotated[
@@ -176,7 +180,8 @@ def analyze(
                 "model_kwargs": keyword_arguments(model_kwargs or []), "img_size": img_size,
                 "mean": _numbers("--mean", mean), "std": _numbers("--std", std), "crop_pct": crop_pct,
                 "interpolation": interpolation, "batch_size": batch_size, "workers": workers,
-                "num_samples": num_samples, "device": device, "amp": amp, "amp_dtype": amp_dtype, "seed": seed,
+                "num_samples": num_samples, "max_skipped": max_skipped, "seed": seed,
+                "device": device, "amp": amp, "amp_dtype": amp_dtype,
                 "layers": layers or [], "attention": attention, "until_se": until_se, "threshold": threshold,
                 "nearest": nearest, "verify": verify, "metrics": metrics, "progress": progress,
             }  # fmt: skip

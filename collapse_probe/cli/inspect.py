@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from collapse_probe.cli.outcome import with_exit_codes
+from collapse_probe.words import neutral
 
 
 @with_exit_codes
@@ -39,7 +40,7 @@ def inspect(
             ("Architecture", _architecture(found)),
         ):
             _print(title, rows)
-        print(_closing(source, found))
+        print(neutral(_closing(source, found)))
 
 
 def _file(found: dict[str, Any]) -> list[tuple[str, str]]:
@@ -99,14 +100,9 @@ def _print(title: str, rows: Iterable[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in rows)
     print(title)
     for name, value in rows:
-        print(f"  {_plain(name):{width}}  {_plain(value)}")
+        print(f"  {neutral(name):{width}}  {neutral(value)}")
     print()
 
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-def _plain(text: str) -> str:
-    """Names in files are strangers' text: nothing in them moves the cursor or colours the terminal."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)

@@ -19,6 +19,13 @@ def merge(
         str | None,
         typer.Option("--out", "-o", help="Folder for analysis.json, tables, figures and report.html."),
     ] = None,
+    max_skipped: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of all images that may be unreadable; by default what the shards were measured with.",
+            rich_help_panel="Images",
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
     """Make one analysis of shards that were measured apart.
@@ -38,7 +45,7 @@ def merge(
     with ProgressBar(quiet=quiet) as progress:
         from collapse_probe.merging import merge as merged
 
-        analysis = merged(shards)
+        analysis = merged(shards, max_skipped)
         analysis.provenance["command"] = shlex.join(["collapse-probe", *sys.argv[1:]])
         if out is not None:
             write(analysis, Path(out), progress)

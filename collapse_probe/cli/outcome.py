@@ -11,6 +11,7 @@ from typing import ParamSpec
 import typer
 
 from collapse_probe.errors import CollapseProbeError
+from collapse_probe.words import neutral
 
 P = ParamSpec("P")
 
@@ -23,7 +24,7 @@ def with_exit_codes(command: Callable[P, None]) -> Callable[P, None]:
         try:
             command(*args, **kwargs)
         except CollapseProbeError as error:
-            print(f"Error: {error}", file=sys.stderr)
+            print(f"Error: {neutral(str(error), lines=True)}", file=sys.stderr)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             print("Interrupted.", file=sys.stderr)
@@ -36,7 +37,7 @@ def with_exit_codes(command: Callable[P, None]) -> Callable[P, None]:
             if os.environ.get("COLLAPSE_PROBE_DEBUG"):
                 raise
             print(
-                f"Internal error: {type(error).__name__}: {error}\n"
+                f"Internal error: {type(error).__name__}: {neutral(str(error), lines=True)}\n"
                 "This is a bug in collapse_probe. Set COLLAPSE_PROBE_DEBUG=1 to see where it happened.",
                 file=sys.stderr,
             )

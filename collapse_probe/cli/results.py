@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from collapse_probe.errors import CollapseProbeError
+from collapse_probe.words import neutral
 
 if TYPE_CHECKING:
     from collapse_probe.progress import ProgressBar
@@ -31,7 +32,7 @@ def one_voice(team: Team) -> Iterator[None]:
         if team.size == 1:
             raise
         if team.rank == 0:
-            print(f"Error: {error}", file=sys.stderr, flush=True)
+            print(f"Error: {neutral(str(error), lines=True)}", file=sys.stderr, flush=True)
         team.wait()
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:

@@ -6,10 +6,22 @@ arbitrary objects.
 
 from __future__ import annotations
 
-from collapse_probe.loading.data_config import data_config
+from collapse_probe.loading.data_config import data_config, matches_model
 from collapse_probe.loading.image_source import Batch, ImageSource, check_skipped
 from collapse_probe.loading.images import open_images
 from collapse_probe.loading.inspection import inspect_weights
+from collapse_probe.loading.labels import Labels, labels_of
 from collapse_probe.loading.model_source import load_model
 
-__all__ = ["Batch", "ImageSource", "check_skipped", "data_config", "inspect_weights", "load_model", "open_images"]
+__all__ = [
+    "Batch",
+    "ImageSource",
+    "Labels",
+    "check_skipped",
+    "data_config",
+    "inspect_weights",
+    "labels_of",
+    "load_model",
+    "matches_model",
+    "open_images",
+]

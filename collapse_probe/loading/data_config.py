@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from timm.data.config import resolve_model_data_config
@@ -55,6 +55,31 @@ def data_config(
         "crop_pct": config["crop_pct"] if crop_pct is None else crop_pct,
         "interpolation": interpolation or config["interpolation"],
     }
+
+
+def matches_model(model: nn.Module, config: Mapping[str, Any], img_size: int | None = None) -> Any:
+    """Whether preprocessing is what the model's own settings say, as plain data for the provenance.
+
+    Args:
+        model: whose settings are meant; the size that it was built for is its own, unless the caller asked for it.
+        config: from :func:`data_config`.
+        img_size: the size that the caller asked for, if any.
+
+    Returns:
+        True; or what differs, each with ``setting``, and its values of the ``model`` and as ``used``; or a sentence
+        where the model has no settings of its own.
+    """
+    if not getattr(model, "pretrained_cfg", None):
+        return "not known: the model states none of its own, so ImageNet's usual settings are taken"
+    own = data_config(model)
+    if img_size is not None:
+        stated = resolve_model_data_config(model)["input_size"]
+        own["input_size"] = (own["input_size"][0], *stated[1:])
+    return [
+        {"setting": name, "model": own.get(name), "used": used}
+        for name, used in config.items()
+        if own.get(name) != used
+    ] or True
 
 
 def make_transform(config: dict[str, Any]) -> Any:

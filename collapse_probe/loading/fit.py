@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from collapse_probe.errors import WeightsMismatchError
 from collapse_probe.loading.signatures import SIZED
+from collapse_probe.words import neutral
 
 _PATCH = "patch_embed.proj.weight"
 _MAX_PREFIX = 5  # a class token and four registers
@@ -159,6 +160,6 @@ def _difference(theirs: Mapping[str, tuple[int, ...]], ours: Mapping[str, tuple[
         if keys
     ]
     return (
-        f"The weights do not fit: {what}. Keys {'; '.join(parts)}. Check the architecture (--model, arch=) and its "
-        "arguments (--model-kwargs, model_kwargs=)."
+        f"The weights do not fit: {what}. Keys {neutral('; '.join(parts))}. Check the architecture (--model, arch=) "
+        "and its arguments (--model-kwargs, model_kwargs=)."
     )

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from collapse_probe.errors import ImagesError, UsageError
+from collapse_probe.errors import ImageFileError, ImagesError, UsageError
 from collapse_probe.loading.data_config import make_transform
-from collapse_probe.loading.decode import decode, image_extensions
+from collapse_probe.loading.decode import DECODING, decode, image_extensions
 from collapse_probe.loading.image_source import Batch, ImageSource
 from collapse_probe.shards import WHOLE, Shard
+from collapse_probe.words import neutral
 
 
 class FolderImages(ImageSource):
@@ -28,6 +30,8 @@ class FolderImages(ImageSource):
     Attributes:
         root: the folder.
         paths: relative paths with forward slashes, of all shards, in order.
+        folders: names of the folders right below the root that hold images, those of `paths` and all others, sorted; an
+            empty one where images lie in the root itself.
         other_files: how many files were left out because their extension is no image's.
     """
 
@@ -55,6 +59,7 @@ class FolderImages(ImageSource):
                 f"Image files give 1 or 3 channels and the model takes {channels}: pass a tensor instead."
             )
         found, self.other_files = list_images(self.root)
+        self.folders = sorted({path.rpartition("/")[0].partition("/")[0] for path in found})
         self.paths = seeded_order(found, seed)[:num_samples]
         super().__init__(config, len(self.paths), shard)
         self._batch_size, self._workers, self._seed = batch_size, workers, seed
@@ -66,7 +71,8 @@ class FolderImages(ImageSource):
 
     def describe(self) -> dict[str, Any]:
         """As :meth:`ImageSource.describe`, with the folder as it was named and the files that were left out."""
-        return {**super().describe(), "root": self._named, "other_files": self.other_files, "seed": self._seed}
+        return {**super().describe(), "root": self._named, "other_files": self.other_files, "seed": self._seed,
+                "decoding": DECODING}  # fmt: skip
 
     def _batches(self) -> Generator[Batch, None, None]:
         loader = DataLoader(
@@ -103,10 +109,13 @@ class DecodedImages(Dataset[DecodedImage]):
     def __getitem__(self, number: int) -> DecodedImage:
         place, path = self._files[number]
         try:
-            return DecodedImage(self._transform(decode(self._root / path, self._channels)), place, path, "")
-        except Exception as error:  # decoders raise anything on broken files
-            reason = f"{type(error).__name__}: {error}".replace(str(self._root / path), "the file")
-            return DecodedImage(None, place, path, reason)
+            image = decode(self._root / path, self._channels)
+        except ImageFileError as error:
+            return DecodedImage(None, place, path, str(error))
+        try:
+            return DecodedImage(self._transform(image), place, path, "")
+        except ValueError as error:  # a sliver can be left without width where the whole of it is to be shown
+            return DecodedImage(None, place, path, f"{image.width} x {image.height} pixels cannot be resized: {error}")
 
 
 def _readable_only(items: list[DecodedImage]) -> tuple[Tensor | None, list[int], list[dict[str, str]]]:
@@ -151,23 +160,32 @@ def list_images(root: Path) -> tuple[list[str], int]:
 def _files(root: Path) -> Iterator[Path]:
     seen: set[tuple[int, int]] = set()
     for folder, folders, names in os.walk(root, followlinks=True, onerror=_cannot_list):
-        status = Path(folder).stat()
+        try:
+            status = Path(folder).stat()
+        except OSError as error:  # it was there to be listed
+            _cannot_list(error)
         if (status.st_dev, status.st_ino) in seen:
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
         # Sorted, so that of two ways to one folder the same one is taken on every file system.
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (path for name in names if not name.startswith(".") and _is_plain(path := Path(folder, name)))
+        yield from (path for name in names if not name.startswith(".") and not _blocks(path := Path(folder, name)))
 
 
-def _is_plain(path: Path) -> bool:
-    """Not a pipe or device, which could block a reader. A dangling link stays in: it is reported as unreadable."""
-    return path.is_file() or not path.exists()
+def _blocks(path: Path) -> bool:
+    """Whether it is a pipe or device, which could block a reader.
+
+    What cannot even be looked at stays in, to be reported as unreadable: dangling links, loops, paths too long.
+    """
+    try:
+        return not stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return False
 
 
-def _cannot_list(error: OSError) -> None:
-    raise ImagesError(f"Cannot list {error.filename}: {error.strerror}.") from None
+def _cannot_list(error: OSError) -> NoReturn:
+    raise ImagesError(f"Cannot list {neutral(str(error.filename))}: {error.strerror}.") from None
 
 
 def seeded_order(paths: list[str], seed: int) -> list[str]:

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from collapse_probe.errors import ImagesError
 from collapse_probe.shards import WHOLE, Shard
-
-#: Share of all images that may be unreadable.
-SKIPPED_ALLOWED = 0.01
+from collapse_probe.skipping import SKIPPED_ALLOWED, check_count
+from collapse_probe.words import neutral
 
 
 class Batch(NamedTuple):
@@ -75,7 +74,7 @@ class ImageSource(ABC):
                 self.delivered += len(batch.images)
                 yield batch
         if not self.delivered and self.shard.count == 1:
-            reasons = "".join(f" {entry['path']}: {entry['reason']}." for entry in self.skipped[:3])
+            reasons = "".join(neutral(f" {entry['path']}: {entry['reason']}.") for entry in self.skipped[:3])
             raise ImagesError(f"The {self.kind} delivered no readable image.{reasons}")
 
     def describe(self) -> dict[str, Any]:
@@ -127,10 +126,5 @@ def check_skipped(source: ImageSource, allowed: float = SKIPPED_ALLOWED) -> None
         ImagesError: names the first few and their reasons.
     """
     total = max(source.delivered + len(source.skipped), source.total or 0)
-    if len(source.skipped) > allowed * total:
-        first = "; ".join(f"{entry['path']}: {entry['reason']}" for entry in source.skipped[:3])
-        where = f" in shard {source.shard} alone" if source.shard.count > 1 else ""
-        raise ImagesError(
-            f"{len(source.skipped)} of {total} images could not be read{where}, more than {allowed:.0%}: {first}. "
-            "Remove or repair them."
-        )
+    where = f" in shard {source.shard} alone" if source.shard.count > 1 else ""
+    check_count(source.skipped, total, allowed, where)

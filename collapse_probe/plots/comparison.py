@@ -18,7 +18,15 @@ from collapse_probe.errors import UsageError
 from collapse_probe.plots.matrices import READINGS
 from collapse_probe.plots.panels import STYLES
 from collapse_probe.plots.select import column, spread
-from collapse_probe.plots.style import colour_scale, new_figure, paper, say_undefined, single_axes, thinned_ticks
+from collapse_probe.plots.style import (
+    as_written,
+    colour_scale,
+    new_figure,
+    paper,
+    say_undefined,
+    single_axes,
+    thinned_ticks,
+)
 from collapse_probe.result import Analysis
 
 #: Column of the layers table -> title of its panel. All are cosines or shares.
@@ -57,7 +65,7 @@ def heatmaps_compared(
     axes = figure.subplots(1, len(analyses), squeeze=False).ravel()
     drawn = []
     for ax, label, matrix in zip(axes, analyses, matrices, strict=True):
-        ax.set_title("\n".join(_plain(label).split(", ", 1)))
+        ax.set_title("\n".join(as_written(label).split(", ", 1)))
         ax.set_box_aspect(1)
         if not np.isfinite(matrix).any():
             say_undefined(ax, "for any two layers")
@@ -107,7 +115,7 @@ def curves_compared(analyses: Mapping[str, Analysis]) -> tuple[Figure, NDArray[n
             low, high, _ = spread(table, name)
             ax.fill_between(depth, low, high, color=colour, alpha=0.2, linewidth=0)
             ax.plot(
-                depth, values, line, color=colour, marker=marker, markersize=2.6, linewidth=1.1, label=_plain(label)
+                depth, values, line, color=colour, marker=marker, markersize=2.6, linewidth=1.1, label=as_written(label)
             )
         _limits(ax)
     keys = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
@@ -129,8 +137,3 @@ def _limits(ax: Axes) -> None:
     ax.set_ylim(min(low, -0.03), max(high, 1.03))
     if low < -0.05:
         ax.axhline(0, color="0.4", linewidth=0.6, zorder=1)
-
-
-def _plain(label: str) -> str:
-    """A label that is no formula to matplotlib, without control characters."""
-    return "".join(letter if letter.isprintable() else "?" for letter in label).replace("$", r"\$")

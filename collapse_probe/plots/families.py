@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from collapse_probe.plots.panels import Panel, Track, bands_in_words, depth_axis, draw_panel
 from collapse_probe.plots.select import arrange, arrange_streams, column
-from collapse_probe.plots.style import SEQUENTIAL, key_below, new_figure, paper, say_undefined
+from collapse_probe.plots.style import SEQUENTIAL, as_written, key_below, new_figure, paper, say_undefined
 from collapse_probe.readings import FAMILIES
 from collapse_probe.result import Analysis, Stream
 
@@ -320,7 +320,7 @@ def _letters(analysis: Analysis, group: str | None, panels: Sequence[Panel]) -> 
 
 
 def _place(module: str) -> str:
-    return f"{module}: " if module else ""
+    return f"{as_written(module)}: " if module else ""
 
 
 def stream_in_words(stream: Stream) -> str:

@@ -20,6 +20,7 @@ from collapse_probe.errors import UsageError
 from collapse_probe.plots.families import stream_in_words
 from collapse_probe.plots.select import Arrangement, arrange, arrange_streams, titled
 from collapse_probe.plots.style import (
+    as_written,
     bracket,
     colour_scale,
     key_below,
@@ -217,7 +218,7 @@ def _in_words(group: Group | Stream) -> str:
     place = group.layers[0] if len(group.layers) == 1 else group.module
     if len(place) > _LONGEST_PLACE:
         place = "…" + place[-_LONGEST_PLACE:]
-    return f"{place}: {group.description}" if place else group.description
+    return f"{as_written(place)}: {group.description}" if place else group.description
 
 
 def _annotate(ax: Axes, values: NDArray[np.float64]) -> None:

@@ -21,6 +21,7 @@ from matplotlib.transforms import ScaledTranslation
 from numpy.typing import NDArray
 
 from collapse_probe.errors import UsageError
+from collapse_probe.words import neutral
 
 _LOOK = "axes errorbar figure font grid hatch image legend lines mathtext patch path pdf savefig svg text xaxis xtick"
 _LOOK += " yaxis ytick"
@@ -204,3 +205,8 @@ def narrow_scale(values: NDArray[Any], least_span: float = 0.1) -> Normalize:
     if high - low < least_span:
         low = high - least_span
     return Normalize(low, high)
+
+
+def as_written(name: str) -> str:
+    """A name from outside as a label that is no formula to matplotlib, without control characters."""
+    return neutral(name).replace("$", r"\$")

@@ -44,6 +44,9 @@ _MOST_NAMES, _MOST_ALONE = 3, 12
 _MOST_ITEMS = 20
 _LONG_NAME = 16
 
+#: A trained model that is right this many times as often as chance, or less, of so many images, does not fit them.
+_TIMES_CHANCE, _LEAST_LABELLED = 3, 30
+
 #: Share of keys admitted, in the mean, below which a layer counts as masked.
 _HARDLY_MASKED = 0.995
 
@@ -290,14 +293,62 @@ def origin(analysis: Analysis) -> list[tuple[str, str]]:
     chosen = f"metrics: {metrics}" if metrics else None
     shards = f"{analysis.provenance['shards']} shards" if analysis.provenance.get("shards") else None
     about_run = [counted, images.get("kind"), skipped, shards, chosen, took, device, ", ".join(versions)]
-    lines = [("model", _joined(about_model)), ("run", _joined(about_run)), ("verified", _proof(analysis))]
+    lines = [
+        ("model", _joined(about_model)),
+        ("run", _joined(about_run)),
+        ("top-1", top1(analysis)),
+        ("preprocessing", preprocessing(analysis)),
+        ("verified", _proof(analysis)),
+    ]
     return [(label, line) for label, line in lines if line]
 
 
 def provenance_rows(analysis: Analysis) -> list[tuple[str, str]]:
     """All of the provenance as (dotted key, value) pairs; of a verification its sums only."""
     rows = [(key, _in_words(value)) for key, value in _leaves(analysis.provenance)]
+    differs = preprocessing(analysis)
+    rows = [(key, differs if key == "images.matches_model" and differs else words) for key, words in rows]
     return [(key, words) for key, words in rows if not key.startswith("verification.errors.")]
+
+
+def top1(analysis: Analysis) -> str:
+    """How often the model was right, and how that is known; empty without labels."""
+    found = _section(analysis, "top1")
+    if not found:
+        return ""
+    error = f" ± {100 * found['se']:.1f}" if found["se"] else ""
+    count = _plural(found["labelled"], "labelled image")
+    return f"{100 * found['accuracy']:.1f}{error} % on {count} ({found['labels']})"
+
+
+def preprocessing(analysis: Analysis) -> str:
+    """What of it is not the model's own; empty where all is, or where the caller did it."""
+    differs = _section(analysis, "images").get("matches_model", True)
+    if isinstance(differs, list):
+        return "not the model's own: " + "; ".join(
+            f"{entry['setting']} {_in_words(entry['used'])} instead of {_in_words(entry['model'])}" for entry in differs
+        )
+    return differs if isinstance(differs, str) and analysis.provenance["images"].get("kind") == "folder" else ""
+
+
+def warnings(analysis: Analysis) -> list[str]:
+    """What makes everything else doubtful, in sentences."""
+    found, weights = _section(analysis, "top1"), _section(analysis, "model").get("weights")
+    random = isinstance(weights, Mapping) and weights.get("random")
+    if not found or random or found["labelled"] < _LEAST_LABELLED or found["accuracy"] > _chance_level(found):
+        return []
+    return [
+        f"Top-1 of {top1(analysis)} is not above chance level ({100 / found['classes']:.3g} %): preprocessing, the "
+        "order of the labels, the head or the weights do not fit. The other readings are of the model in that state."
+    ]
+
+
+def _chance_level(found: Mapping[str, Any]) -> float:
+    """Three times chance; two standard errors above it where classes are so few that three times were a good result."""
+    chance = 1 / found["classes"]
+    if _TIMES_CHANCE * chance < chance + (1 - chance) / _TIMES_CHANCE:
+        return _TIMES_CHANCE * chance
+    return chance + 2 * math.sqrt(chance * (1 - chance) / found["labelled"])
 
 
 def _proof(analysis: Analysis) -> str:

@@ -25,6 +25,7 @@ def render_html(analysis: Analysis | Gallery) -> str:
         model=content.model_name(analysis),
         extent=content.extent(analysis),
         origin=content.origin(analysis),
+        warnings=content.warnings(analysis),
         findings=content.ordered(analysis.findings),
         derived=content.derived(analysis),
         hero=figures.hero(gallery),

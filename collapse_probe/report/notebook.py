@@ -18,6 +18,8 @@ def to_html(analysis: Analysis) -> str:
         heatmap=heatmap,
         columns=content.columns(analysis),
         rows=content.rows(analysis),
+        warnings=content.warnings(analysis),
+        top1=content.top1(analysis),
         derived=content.derived(analysis),
         groups=content.groups(analysis),
         gaps=content.gaps(analysis),

@@ -7,8 +7,10 @@ from functools import cache
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from collapse_probe.report import content
+from collapse_probe.words import neutral
 
 
 @cache
@@ -17,9 +19,15 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.PackageLoader("collapse_probe", "report"),
         autoescape=True,  # by content, not by file name: select_autoescape does not know ".jinja"
         undefined=jinja2.StrictUndefined,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def _shown(value: Any) -> Any:
+    """Control characters and halves of surrogate pairs have no place on a page; escaping leaves them in."""
+    return neutral(value, lines=True) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def fill(template: str, **values: Any) -> str:

@@ -1,7 +1,7 @@
 """The summary that a terminal or a pipe receives: verdict first, then one table, the gaps, two lines of provenance.
 
-Nothing here is parsed as rich markup, so that a layer called ``[red]`` stays a name, and control characters never reach
-the terminal. Consoles whose encoding is not UTF-8 receive plain ASCII.
+Nothing here is parsed as rich markup, so that a layer called ``[red]`` stays a name, and control characters and line
+ends of names never reach the terminal. Consoles whose encoding is not UTF-8 receive plain ASCII.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from rich.text import Text
 from collapse_probe.report import content
 from collapse_probe.report.compared import numbers
 from collapse_probe.result import Analysis, Finding
+from collapse_probe.words import REPLACEMENT, neutral
 
 _STYLES = {"problem": "bold red", "warning": "bold yellow", "note": "bold blue", "ok": "bold green"}
 _HEADINGS = {
@@ -30,7 +31,8 @@ _HEADINGS = {
 _FOOTNOTE = "± standard error over images  * similar to the previous block  – not defined"
 #: Consoles in which the table would be wider have standard errors of M only.
 _TABLE_WIDTH, _UNBOUNDED = 80, 1000
-_ASCII = str.maketrans({"✗": "x", "✓": "+", "±": "+/-", "·": "|", "–": "-", "—": "-", "−": "-", "…": "...", "≥": ">="})
+_ASCII = str.maketrans({"✗": "x", "✓": "+", "±": "+/-", "·": "|", "–": "-", "—": "-", "−": "-", "…": "...", "≥": ">=",
+                         REPLACEMENT: "?"})  # fmt: skip
 
 
 def print_summary(analysis: Analysis, console: Console, closing: Sequence[str] = ()) -> None:
@@ -43,6 +45,7 @@ def print_summary(analysis: Analysis, console: Console, closing: Sequence[str] =
     """
     writer = _Writer(console)
     writer.line(content.headline(analysis), "bold")
+    writer.warnings(content.warnings(analysis))
     writer.findings(content.ordered(analysis.findings))
     writer.pairs("", content.derived(analysis))
     writer.table(analysis)
@@ -68,12 +71,13 @@ def print_comparison(analyses: Mapping[str, Analysis], console: Console, closing
     writer = _Writer(console)
     for label, analysis in analyses.items():
         writer.line(f"{label}: {content.headline(analysis)}", "bold")
+        writer.warnings(content.warnings(analysis))
         writer.verdict(content.ordered(analysis.findings))
         writer.line("")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
     table.add_column("mean over blocks\n(range)", overflow="fold")
     for label in analyses:
-        table.add_column(writer.text(label.replace(", ", ",\n")), justify="right", overflow="fold")
+        table.add_column(writer.text(label.replace(", ", ",\n"), lines=True), justify="right", overflow="fold")
     for label, cells in numbers(analyses):
         table.add_row(*(writer.text(words) for words in (label, *cells)))
     writer.wide(table)
@@ -87,9 +91,9 @@ class _Writer:
         self.console = console
         self.ascii_only = console.options.ascii_only
 
-    def text(self, words: str, style: str = "") -> Text:
-        """Words as they are: no markup, no emoji codes, no control characters."""
-        words = "".join(character if character.isprintable() or character == "\n" else "?" for character in words)
+    def text(self, words: str, style: str = "", lines: bool = False) -> Text:
+        """Words as they are: no markup, no emoji codes, no control characters; line ends only if they are our own."""
+        words = neutral(words, lines)
         if self.ascii_only:
             words = words.translate(_ASCII).encode("ascii", "replace").decode("ascii")
         return Text(words, style)
@@ -99,6 +103,10 @@ class _Writer:
 
     def line(self, words: str, style: str = "") -> None:
         self.show(self.text(words, style))
+
+    def warnings(self, sentences: Sequence[str]) -> None:
+        for sentence in sentences:
+            self.line(f"! {sentence}", _STYLES["warning"])
 
     def findings(self, findings: list[Finding]) -> None:
         grid = Table.grid(padding=(0, 1))
@@ -157,7 +165,7 @@ class _Writer:
         table.add_column("block", justify="right", overflow="fold")
         table.add_column("layer", overflow="fold", min_width=8)
         for key, heading in content.columns(analysis).items():
-            table.add_column(self.text(_HEADINGS.get(key, heading)), justify="right", no_wrap=True)
+            table.add_column(self.text(_HEADINGS.get(key, heading), lines=True), justify="right", no_wrap=True)
         for row in rows:
             cells = [_cell(*cell, with_error=with_errors or not place) for place, cell in enumerate(row.cells)]
             block = f"*{row.block}" if row.similar else row.block

@@ -7,6 +7,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from collapse_probe.errors import ImagesError, UsageError
 from collapse_probe.loading import ImageSource, check_skipped, open_images
 from collapse_probe.loading.folder import list_images
 from collapse_probe.shards import Shard
+from tests.loading.broken_images import BOMBS, BROKEN, write
 
 CONFIG = {
     "input_size": (3, 8, 8),
@@ -151,7 +153,125 @@ def test_pipes_are_not_opened_and_dangling_links_are_reported(folder: Path) -> N
     source = _open(folder)
     assert len(_all(source)) == 10
     assert [entry["path"] for entry in source.skipped] == ["dangling.png"]
-    assert "FileNotFoundError" in source.skipped[0]["reason"]
+    assert "no such file" in source.skipped[0]["reason"]
+
+
+def test_links_to_themselves_are_reported(folder: Path) -> None:
+    (folder / "a.png").symlink_to("b.png")
+    (folder / "b.png").symlink_to("a.png")
+    source = _open(folder)
+    assert len(_all(source)) == 10
+    assert sorted(entry["path"] for entry in source.skipped) == ["a.png", "b.png"]
+    assert all("symbolic links" in entry["reason"] for entry in source.skipped)
+
+
+def test_files_that_are_gone_since_they_were_listed(folder: Path) -> None:
+    source = _open(folder)
+    gone = source.paths[4]
+    (folder / gone).unlink()
+    assert len(_all(source)) == 9
+    assert source.skipped == [{"path": gone, "reason": "no such file: it is gone, or a link leads nowhere"}]
+
+
+def test_folders_that_are_gone_since_they_were_listed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    walk = os.walk
+
+    def vanishing(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        for root, folders, names in walk(*args, **kwargs):
+            if root != str(folder):
+                shutil.rmtree(root)
+            yield root, folders, names
+
+    monkeypatch.setattr(os, "walk", vanishing)
+    with pytest.raises(ImagesError, match=r"Cannot list .*class.: No such file"):
+        _open(folder)
+
+
+def test_files_that_may_not_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = _open(folder)
+    forbidden = source.paths[2]
+    opened = Image.open
+
+    def guarded(path: Path, **kwargs: Any) -> Image.Image:  # root would be let through
+        if path == folder / forbidden:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, **kwargs)
+
+    monkeypatch.setattr(Image, "open", guarded)
+    assert len(_all(source)) == 9
+    assert source.skipped == [{"path": forbidden, "reason": "the file cannot be read: Permission denied"}]
+
+
+def test_the_longest_names(folder: Path) -> None:
+    _picture(folder / ("ä" * 125 + ".png"), 70)  # 254 bytes of the 255 that a name may have
+    deep = folder
+    while len(str(deep)) < 3900:
+        deep /= "d" * 100
+    deep.mkdir(parents=True)
+    deep /= "e" * (4090 - len(str(deep)))  # fits in itself, and nothing beneath does
+    deep.mkdir()
+    here = os.open(deep, os.O_DIRECTORY)
+    try:
+        os.close(os.open("too_long.png", os.O_CREAT | os.O_WRONLY, dir_fd=here))
+    finally:
+        os.close(here)
+    _picture(deep.parent / "deep.png", 71)
+    source = _open(folder)
+    assert len(_all(source)) == 12
+    assert [(Path(entry["path"]).name, entry["reason"]) for entry in source.skipped] == [
+        ("too_long.png", "the file cannot be read: File name too long")
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", ["日本 🐈‍⬛.png", "a\nb.png", "[bold red]x[/].png", "\x1b[31mred.png", "‮gnp.png", "'\"$(x) .png"]
+)
+def test_strange_names_are_read_and_skipped_like_others(folder: Path, name: str) -> None:
+    _picture(folder / name, 72)
+    assert len(_all(_open(folder))) == 11
+    (folder / name).write_bytes(b"no picture")
+    source = _open(folder)
+    assert len(_all(source)) == 10
+    assert source.skipped == [{"path": name, "reason": "no picture of a format that is read"}]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_broken_file_is_skipped_with_its_reason(folder: Path, workers: int) -> None:
+    write(folder / "broken", {**BROKEN, **BOMBS})
+    source = _open(folder, workers=workers)
+    assert len(_all(source)) == 10
+    reasons = {entry["path"]: entry["reason"] for entry in source.skipped}
+    assert reasons.keys() == {f"broken/{name}" for name in {**BROKEN, **BOMBS}}
+    for name, (_, fragment) in {**BROKEN, **BOMBS}.items():
+        assert fragment in reasons[f"broken/{name}"]
+
+
+def test_an_error_of_ours_is_no_broken_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*_: Any) -> Any:
+        raise ZeroDivisionError
+
+    source = _open(folder)
+    monkeypatch.setattr("collapse_probe.loading.folder.make_transform", lambda _: wrong)
+    with pytest.raises(ZeroDivisionError):
+        _all(source)
+
+
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("size", [(1, 1), (100, 1), (1, 100)])
+def test_the_smallest_pictures_become_images(tmp_path: Path, mode: str, size: tuple[int, int]) -> None:
+    Image.new("RGB", size, (255, 0, 0)).save(tmp_path / "a.png")
+    config = {**CONFIG, "crop_mode": mode, "crop_pct": 0.9, "input_size": (3, 200, 200)}
+    images = _all(open_images(tmp_path, config=config))
+    assert images.shape == (1, 3, 200, 200)
+    assert images[0, 0, 100, 100] == 1
+
+
+def test_a_sliver_that_resizing_would_leave_without_width_is_skipped(folder: Path) -> None:
+    Image.new("RGB", (100, 1)).save(folder / "sliver.png")
+    source = open_images(folder, config={**CONFIG, "crop_mode": "border"})
+    assert len(_all(source)) == 10
+    assert source.skipped[0]["path"] == "sliver.png"
+    assert source.skipped[0]["reason"].startswith("100 x 1 pixels cannot be resized: ")
 
 
 def test_names_that_are_no_utf8(folder: Path) -> None:
@@ -186,13 +306,15 @@ def test_too_many_skipped(folder: Path) -> None:
     source = _open(folder)
     list(source.batches())
     check_skipped(source, allowed=0.1)
-    with pytest.raises(ImagesError, match=r"1 of 11 images could not be read, more than 1%: zero.png: Unidentified"):
+    with pytest.raises(
+        ImagesError, match=r"1 of 11 images could not be read, more than 1%: zero.png: the file is empty"
+    ):
         check_skipped(source)
 
 
 def test_nothing_readable(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"")
-    with pytest.raises(ImagesError, match=r"The folder delivered no readable image. a.png: UnidentifiedImageError"):
+    with pytest.raises(ImagesError, match=r"The folder delivered no readable image. a.png: the file is empty"):
         list(_open(tmp_path).batches())
 
 
@@ -226,6 +348,8 @@ def test_description_of_a_folder(folder: Path) -> None:
         "root": str(folder),
         "other_files": 0,
         "seed": 2,
+        "decoding": "EXIF rotation applied, transparency composited on white, 16 bits scaled to 8, first frame of "
+        "animations, colour profiles not applied",
     }
     assert _open(str(folder), num_samples=5, seed=2, shard=Shard(3, 4)).describe() == {
         **source.describe(),

@@ -201,7 +201,7 @@ def test_the_summary_is_plain_ascii_where_the_console_is() -> None:
 
 def test_hostile_names_stay_text_in_the_terminal() -> None:
     text = _printed(_hostile(), 200, colour=True)
-    assert "[red]x[/red]:warning:?[31m" in text
+    assert "[red]x[/red]:warning:�[31m" in text
     assert "\x1b[31m\"'" not in text
 
 

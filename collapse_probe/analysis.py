@@ -228,6 +228,7 @@ img_size, mean, std, crop_pct, interpolation, progress, settings: as those of :f
         "model": getattr(network, "provenance", None) or {"architecture": type(network).__name__, "source": "module"},
         "images": source.describe() | {"total": source.total, "bundled": bundled, "matches_model": fits},
         "device": _device_name(target),
+        "precision": _precision(network, options),
         "versions": _versions(),
     }
     if options.shard.count > 1:
@@ -339,6 +340,12 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
+
+
+def _precision(model: nn.Module, options: Options) -> str:
+    """What the model computes in; weights of half precision in a file were made float32 when they were loaded."""
+    dtype = next((item.dtype for item in model.parameters() if item.is_floating_point()), torch.float32)
+    return str(dtype).removeprefix("torch.") + (f", autocast to {options.amp_dtype}" if options.amp else "")
 
 
 def _device_name(device: torch.device) -> str:

@@ -1,4 +1,4 @@
-"""Keep downloads of pretrained weights from hanging where there is no network.
+"""Pretrained weights from the hub: no hanging without a network, and repositories that timm does not know.
 
 huggingface_hub retries an unreachable server for most of a minute per file. One short probe decides beforehand; where
 it fails, the hub is told to use its cache only, so that cached weights still load and others fail at once.
@@ -11,8 +11,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 PROBE_SECONDS = 5.0
 
@@ -40,3 +42,28 @@ def cache_only_without_network() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
+
+
+def snapshot(model_id: str) -> Path | None:
+    """The folder with a repository's configuration and weights, downloaded if need be; None where that fails.
+
+    Weights in pickles are fetched only where there are no others.
+
+    Args:
+        model_id: ``owner/name`` or ``owner/name@revision``.
+    """
+    repository, _, revision = model_id.partition("@")
+    with cache_only_without_network():
+        for weights in (["*model*.safetensors", "model.safetensors.index.json"], ["pytorch_model*"]):
+            try:
+                folder = Path(
+                    snapshot_download(
+                        repository, revision=revision or None, allow_patterns=["config.json", *weights],
+                        local_files_only=constants.HF_HUB_OFFLINE,
+                    )
+                )  # fmt: skip
+            except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError):
+                return None
+            if any(found for pattern in weights for found in folder.glob(pattern)):
+                return folder
+    return None

@@ -26,6 +26,7 @@ from collapse_probe.loading.checkpoint import check_model_kwargs
 from collapse_probe.loading.content import SUFFIXES
 from collapse_probe.loading.folders import open_folder
 from collapse_probe.loading.from_file import NAME, STORED, Wanted, model_from_file
+from collapse_probe.loading.hub import snapshot
 from collapse_probe.loading.names import HUB, LOCAL, is_name, nearest
 from collapse_probe.loading.soundness import non_finite
 
@@ -152,9 +153,12 @@ def _from_name(name: str, wanted: Wanted, pretrained: bool) -> tuple[nn.Module, 
     kwargs = {**wanted.model_kwargs, **({} if wanted.num_heads is None else {"num_heads": wanted.num_heads})}
     if name.startswith(LOCAL) and pretrained:
         # Its weights take the way of every other file: checked by content, fitted strictly.
-        folder = open_folder(Path(name.removeprefix(LOCAL)))
-        model, facts = model_from_file(folder.weights, replace(wanted, arch_from=NAME))
+        export = open_folder(Path(name.removeprefix(LOCAL)))
+        model, facts = model_from_file(export.weights, replace(wanted, arch_from=NAME))
         return model, {**facts, "architecture": _architecture(name, model)}
+    if name.startswith(HUB) and pretrained and (folder := _foreign_repository(name)) is not None:
+        model, facts = _from_path(folder, replace(wanted, arch=None))
+        return model, {**facts, "weights": {**facts["weights"], "path": None, "pretrained": name}}
     if name.startswith((*HUB, LOCAL)):
         model = build(name, pretrained, kwargs)
         weights: dict[str, Any] = {"pretrained": name} if pretrained else {"random": True}
@@ -172,6 +176,12 @@ def _from_name(name: str, wanted: Wanted, pretrained: bool) -> tuple[nn.Module, 
     weights = {**weights, "non_finite": non_finite(model.state_dict())}
     arch = _architecture(name, model)
     return model, {"architecture": arch, "architecture_from": NAME, "model_kwargs": kwargs, "weights": weights}
+
+
+def _foreign_repository(name: str) -> Path | None:
+    """The folder of a repository on the hub that is not timm's export; None where it is, or cannot be had."""
+    folder = snapshot(name.partition(":")[2])
+    return None if folder is None or open_folder(folder).architecture is not None else folder
 
 
 def _architecture(name: str, model: nn.Module) -> str:

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import Any
 
 import timm
 import torch
@@ -65,9 +66,13 @@ def on_meta(name: str, **kwargs: object) -> nn.Module:
 
 
 @functools.cache
-def _indexed() -> dict[str, Signature]:
-    stored = json.loads(files("collapse_probe").joinpath("data/architectures.json").read_text(encoding="utf-8"))
-    return {name: Signature(*entry) for name, entry in stored["architectures"].items()}
+def _stored() -> dict[str, Any]:
+    return dict(json.loads(files("collapse_probe").joinpath("data/architectures.json").read_text(encoding="utf-8")))
+
+
+def timm_of_index() -> str:
+    """The version of timm that the index was made with."""
+    return str(_stored()["timm"])
 
 
 @functools.cache
@@ -81,7 +86,8 @@ def _built(name: str) -> Signature | None:
 
 def registered() -> Iterator[tuple[str, Signature]]:
     """Every architecture that can be built here, those of the index first."""
-    index, names = _indexed(), set(timm.list_models())
+    index = {name: Signature(*entry) for name, entry in _stored()["architectures"].items()}
+    names = set(timm.list_models())
     yield from ((name, entry) for name, entry in index.items() if name in names)
     for name in sorted(names - index.keys()):
         if (built := _built(name)) is not None:

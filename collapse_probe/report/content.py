@@ -295,6 +295,7 @@ def origin(analysis: Analysis) -> list[tuple[str, str]]:
     about_run = [counted, images.get("kind"), skipped, shards, chosen, took, device, ", ".join(versions)]
     lines = [
         ("model", _joined(about_model)),
+        ("recognised", _recognised(model)),
         ("run", _joined(about_run)),
         ("top-1", top1(analysis)),
         ("preprocessing", preprocessing(analysis)),
@@ -432,6 +433,17 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(item, f"{prefix}.{key}" if prefix else str(key))
     elif value not in (None, "", [], ()):
         yield prefix, value
+
+
+def _recognised(model: Mapping[str, Any]) -> str:
+    """How the architecture is known, where neither the caller nor the file named it, and what had to be assumed."""
+    heads = model.get("heads") or {}
+    assumed = str(heads.get("known", "")).startswith("assumed")
+    parts = [f"{heads['count']} heads {heads['known']}; --num-heads sets them"] if assumed else []
+    if str(model.get("architecture_from", "")).startswith("recognised"):
+        also = f", also named {', '.join(model['same_network'])}" if model.get("same_network") else ""
+        parts.insert(0, f"by keys and shapes{also}")
+    return " · ".join(parts)
 
 
 def _weights(weights: Any) -> str | None:

@@ -411,6 +411,24 @@ def test_cached_hub_weights_load_without_a_network(offline: Path, tiny: Build, s
     assert loaded.provenance["weights"]["pretrained"] == "hf-hub:someone/tiny"
 
 
+def test_cached_hub_weights_that_are_not_timms(offline: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    repository = offline / "models--someone--vit"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    config = transformers.ViTConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=6, intermediate_size=96,
+                                    image_size=32, patch_size=8)  # fmt: skip
+    theirs = transformers.ViTForImageClassification(config).eval()
+    theirs.save_pretrained(repository / "snapshots" / ("0" * 40))
+    loaded = load_model("hf-hub:someone/vit")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(images), theirs(images).logits, rtol=0, atol=1e-4)
+    assert loaded.provenance["kind"] == "hub"
+    assert loaded.provenance["heads"] == {"count": 6, "known": "stored in config.json"}
+    assert loaded.provenance["weights"]["pretrained"] == "hf-hub:someone/vit"
+
+
 def test_local_dir(tmp_path: Path, tiny: Build, same: Same) -> None:
     model = tiny()
     folder = _local_folder(tmp_path / "export", model)

@@ -169,7 +169,8 @@ def _tried(
         if num_heads is not None and heads_of(model) != {num_heads}:
             arguments = {**arguments, "num_heads": num_heads}
             model = on_meta(name, **arguments)
-        fit_weights(model, state, name)
+        with torch.device("meta"):  # where converters and new classifiers make their tensors
+            fit_weights(model, state, name)
         heads, origin = _heads(model, state)
     except (
         CollapseProbeError,

@@ -34,6 +34,18 @@ def write_atomically(path: str | Path, content: str | bytes) -> Path:
     return path
 
 
+def move(source: Path, target: Path) -> None:
+    """Put a file into another one's place.
+
+    Raises:
+        OutputError: it cannot be.
+    """
+    try:
+        source.replace(target)
+    except OSError as error:
+        raise OutputError(f"Cannot write {target}: {error.strerror or error}. Choose another --out folder.") from error
+
+
 def check_writable(folder: str | Path) -> Path:
     """Make the folder and prove that a file can be created in it, before any long work.
 

@@ -203,7 +203,8 @@ class Analysis:
             error over images. NaN marks what is undefined for that layer.
         groups: layers that may be compared with each other.
         findings: the verdict.
-        provenance: model, weights, images, preprocessing, versions, options.
+        provenance: model, weights, images, preprocessing, versions, options; ``complete`` is False where the run was
+            interrupted, and ``images`` then says how many were planned.
         not_captured: layers that ran and have no map here, each with ``layer`` and ``reason``.
         streams: layers whose token features may be compared with each other.
         absent: metrics that were chosen and are not defined somewhere, each with ``metric``, ``where`` (a group, a
@@ -236,6 +237,11 @@ class Analysis:
     def measured(self) -> list[Group | Stream]:
         """Everything that was measured together: the groups, then the streams."""
         return [*self.groups, *self.streams]
+
+    @property
+    def complete(self) -> bool:
+        """Whether all images were measured that were to be."""
+        return self.provenance.get("complete") is not False
 
     @property
     def main_group(self) -> Group:
@@ -338,6 +344,8 @@ class Analysis:
         model = self.provenance.get("model", {}).get("architecture", "model")
         images = self.provenance.get("images", {}).get("count", "?")
         verdict = "; ".join(finding.title for finding in self.findings) or "no findings"
+        if not self.complete:
+            images = f"partial: {images} of {self.provenance['images'].get('planned') or 'more'}"
         return f"Analysis({model}, {len(self.layers)} layers, {images} images: {verdict})"
 
     def _repr_html_(self) -> str:

@@ -26,7 +26,7 @@ from collapse_probe.loading import Batch, ImageSource, check_skipped, data_confi
 from collapse_probe.loading.fit import non_finite
 from collapse_probe.merging import merge, merge_one_by_one
 from collapse_probe.metrics.functional.ratio import SIMILAR
-from collapse_probe.options import Options
+from collapse_probe.options import Options, check_preprocessing
 from collapse_probe.partial import Partial, check_shards, is_same_shard
 from collapse_probe.progress import ProgressBar
 from collapse_probe.ranks import ranks
@@ -186,6 +186,7 @@ interpolation, partial, resume, progress, settings: as those of :func:`analyze`;
         shard=shard if isinstance(shard, Shard) else Shard.parse(shard),
     )
     options.check()
+    check_preprocessing(img_size, mean, std, crop_pct, interpolation)
     started = time.perf_counter()
     bundled = images is None
     if images is None:
@@ -304,6 +305,7 @@ class _Pass:
         saved = self.keeper.begin(planned, self._note)
         if saved is not None:
             self.started -= saved.provenance["seconds"]
+            self.source.skipped = list(saved.provenance["images"]["skipped"])
         return saved
 
     def _through(self, run: Run, saved: Partial | None) -> None:
@@ -332,7 +334,7 @@ class _Pass:
 
     def _described(self, run: Run, partial: Partial) -> Partial:
         """With where it comes from; of skipped files with those up to the last image in its sums, if it may go on."""
-        skipped = self.source.skipped_before(run.position) if partial.state else list(self.source.skipped)
+        skipped = list(self.source.skipped) if run.done else self.source.skipped_before(run.position)
         partial.provenance = {
             **self.described,
             "images": self.described["images"] | {"count": partial.images, "skipped": skipped},

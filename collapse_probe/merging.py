@@ -54,6 +54,11 @@ def merge_one_by_one(headers: Sequence[Partial], whole: Iterable[Partial]) -> An
     if not any(header.images for header in headers):
         raise ImagesError("None of these shards holds an image.")
     _check_skipped(headers)
+    return joined(headers, whole)
+
+
+def joined(headers: Sequence[Partial], whole: Iterable[Partial]) -> Analysis:
+    """The same of part of the images, of which more may be unreadable than of all."""
     analysis = readings(whole)
     analysis.provenance |= _provenance(headers)
     analysis.findings = diagnose(analysis, analysis.provenance["options"]["threshold"])

@@ -3,7 +3,7 @@
 Nothing here imports torch: a saved analysis can be loaded, plotted and compared on a machine without it.
 
 On disk an analysis is a folder with `analysis.json` (tables, every layer-by-layer matrix, findings, provenance) and
-`arrays.npz` (the larger arrays: by head, by token, histograms). Both files appear whole or not at all.
+`arrays.npz` (the larger arrays: by head, by token, histograms). All files appear together or not at all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from collapse_probe.errors import DamagedFileError, UsageError
-from collapse_probe.files import write_atomically
+from collapse_probe.files import staged, write_atomically
 
 #: Version 2 added windows and partitions; what an analysis of version 1 holds has one window per image. Version 3 added
 #: residual streams, derived readings with intervals, and metrics that are absent.
@@ -258,14 +258,14 @@ class Analysis:
         """Write `analysis.json`, `arrays.npz`, `layers.csv` and `similarity.csv` into a folder; returns the folder.
 
         Raises:
-            OutputError: the folder or a file in it cannot be written.
+            OutputError: the folder or a file in it cannot be written; then what was there before still is.
         """
-        folder = Path(folder)
-        write_atomically(folder / "arrays.npz", self._arrays_as_bytes())
-        write_atomically(folder / "layers.csv", self.layers.to_csv(index_label="layer"))
-        write_atomically(folder / "similarity.csv", self.similarity.to_csv(index_label="layer"))
-        write_atomically(folder / "analysis.json", json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
-        return folder
+        with staged(folder) as stage:
+            write_atomically(stage / "arrays.npz", self._arrays_as_bytes())
+            write_atomically(stage / "layers.csv", self.layers.to_csv(index_label="layer"))
+            write_atomically(stage / "similarity.csv", self.similarity.to_csv(index_label="layer"))
+            write_atomically(stage / "analysis.json", json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+        return Path(folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> Analysis:

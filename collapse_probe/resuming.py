@@ -131,7 +131,7 @@ class Keeper:
                 return
             of = f" of {planned}" if planned else ""
             say(f"Saved the sums over {kept.images}{of} images to {self.folder}. To go on: {self._how}")
-            with suppress(CollapseProbeError):  # too few readable images, or a disk that is full by now
+            with suppress(CollapseProbeError):  # a disk that is full by now
                 _analysis_so_far(kept, planned).save(self.folder)
 
     def discard(self) -> None:
@@ -177,9 +177,9 @@ def _processes(counts: Collection[int]) -> str:
 
 
 def _analysis_so_far(state: Partial, planned: int | None) -> Analysis:
-    from collapse_probe.merging import merge_one_by_one
+    from collapse_probe.merging import joined
 
-    analysis = merge_one_by_one([state.header()], [state])
+    analysis = joined([state.header()], [state])
     analysis.provenance["complete"] = False
     analysis.provenance["images"] = analysis.provenance["images"] | {"planned": planned}
     return analysis

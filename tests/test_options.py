@@ -56,12 +56,17 @@ WRONG = [
     *((name, 1, f"{name} must be True or False; got 1.") for name in ("amp", "verify")),
 ]  # fmt: skip
 
+#: Not to be typed, or typed in another form.
+_PYTHON_ONLY = {
+    "tile_bytes", "device", "metrics", "amp", "verify", "mean", "std", "attention", "amp_dtype", "interpolation",
+}  # fmt: skip
+
 #: The same that can be typed.
 TYPED = [
     (f"--{name.replace('_', '-')}", str(value), said)
     for name, value, said in WRONG
-    if type(value) in (int, float) and not (value == HUGE and name not in RANGES) and name not in ("tile_bytes", "device", "metrics", "amp", "verify", "mean", "std")
-    and not (isinstance(value, float) and name in RANGES) and name not in ("attention", "amp_dtype", "interpolation")
+    if name not in _PYTHON_ONLY
+    and (type(value) is int if name in RANGES else type(value) in (int, float) and value != HUGE)
 ] + [
     ("--threshold", "1e30", "threshold must lie within -1..1; got 1e+30."),
     ("--mean", "nan", "mean must be finite numbers, one or one per channel; got (nan,)."),

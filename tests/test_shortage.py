@@ -96,6 +96,36 @@ def test_a_model_that_runs_short_in_mid_run():
     assert calls == [7, 7, 7, 7, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    "step",
+    ["capture.context.head_norms", "capture.context.product_error", "capture.dataflow.AttentionTracer._observe",
+     "capture.residual.ResidualFollower.before"],
+)  # fmt: skip
+def test_a_shortage_while_maps_are_captured_is_no_gap(monkeypatch, step, kind):
+    """What goes wrong there is a reason not to capture a layer; a shortage is a reason to try fewer images."""
+    whole = cp.analyze(vit(), IMAGES, verify=True)
+    import importlib
+
+    path = f"collapse_probe.{step}".split(".")
+    owner = importlib.import_module(".".join(path[:3]))
+    for name in path[3:-1]:
+        owner = getattr(owner, name)
+    job, images = getattr(owner, path[-1]), [0]
+
+    def short(*arguments):
+        if images[0] > 8:
+            raise SHORTAGES[kind]()
+        return job(*arguments)
+
+    monkeypatch.setattr(owner, path[-1], short)
+    model = vit()
+    model.register_forward_pre_hook(lambda _module, inputs: images.__setitem__(0, len(inputs[0])))
+    halved = cp.analyze(model, IMAGES, verify=True)
+    assert halved.provenance["batch_size_used"] == 7
+    assert_same(whole, halved)
+
+
 def test_a_loaders_own_batches_are_split():
     loader = DataLoader(TensorDataset(IMAGES), batch_size=15)
     assert_same(cp.analyze(vit(), loader), cp.analyze(holding(vit(), 4), loader))

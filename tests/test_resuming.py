@@ -155,6 +155,21 @@ def test_unreadable_files_before_and_after_the_cut(tmp_path, workers):
     assert seen == {0, 1, 2}
 
 
+def test_unreadable_files_after_the_last_image(tmp_path):
+    """A run that is done, and whose results are yet to be written, knows of them too."""
+    from collapse_probe.loading.folder import list_images, seeded_order
+
+    folder = pictures(tmp_path / "pictures", 120)
+    last = seeded_order(list_images(folder)[0], 0)[-1]
+    (folder / last).write_bytes(b"")
+    model = vit().float()
+    cp.measure(model, folder, partial=Keeper(tmp_path / "state"))
+    for _ in range(2):
+        resumed = cp.measure(model, folder, partial=Keeper(tmp_path / "state", resume=True))
+        assert [entry["path"] for entry in resumed.provenance["images"]["skipped"]] == [last]
+        assert resumed.images == 119
+
+
 def test_files_before_the_cut_are_not_opened_again(tmp_path, monkeypatch):
     folder = pictures(tmp_path / "pictures", 40)
     model = vit().float()

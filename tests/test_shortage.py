@@ -15,7 +15,7 @@ from test_scale_out import IMAGES, assert_same, pictures, vit
 from torch.utils.data import DataLoader, TensorDataset
 
 import collapse_probe as cp
-from collapse_probe import measured, resuming
+from collapse_probe import measured, resuming, streaming
 from collapse_probe.errors import CaptureError, ResourceError, is_out_of_memory
 from collapse_probe.partial import Partial
 
@@ -80,6 +80,20 @@ def test_the_first_batch_is_verified_and_turned_around_also_where_it_is_halved()
     halved = cp.analyze(holding(vit(), 2), IMAGES, verify=True)
     assert halved.provenance["verification"]["passed"]
     assert halved.provenance["verification"]["kernels"] == 3
+
+
+def test_images_are_told_apart_also_where_memory_was_short_for_that(monkeypatch):
+    out_of_order, sizes = streaming.out_of_order, []
+
+    def short(model, images, maps):
+        sizes.append(len(images))
+        if len(images) > 8:
+            raise torch.OutOfMemoryError(CUDA)
+        return [*out_of_order(model, images, maps), "blocks.1.attn"]
+
+    monkeypatch.setattr(streaming, "out_of_order", short)
+    assert list(cp.analyze(vit(), IMAGES).layers.index) == ["blocks.0.attn", "blocks.2.attn"]
+    assert sizes == [30, 15, 7]
 
 
 def test_a_model_that_runs_short_in_mid_run():

@@ -7,14 +7,11 @@ import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from collapse_probe.errors import CollapseProbeError, DamagedFileError, OutputError, UsageError
 from collapse_probe.partial import Partial, check_resumable
+from collapse_probe.result import Analysis
 from collapse_probe.signals import undisturbed
-
-if TYPE_CHECKING:
-    from collapse_probe.result import Analysis
 
 #: Seconds between two saved states, and the largest share of the time that saving may take.
 SAVE_EVERY, SHARE = 60.0, 0.02
@@ -68,7 +65,7 @@ class Keeper:
             note: receives what the user should know.
 
         Raises:
-            UsageError: what is there belongs to another run, or to another number of processes.
+            UsageError: what is there belongs to another run, to another number of processes, or is no state at all.
             DamagedFileError: what is there cannot be read.
         """
         self._saved = time.monotonic()
@@ -76,6 +73,8 @@ class Keeper:
             old = [self.folder, *self._foreign()]
             if any((folder / "shard.json").exists() for folder in old):
                 note(f"{self._root} held what an interrupted run has measured: starting over.")
+            for folder in old:
+                _check_own(folder)
             for folder in old:
                 _clear(folder)
             return None
@@ -159,6 +158,19 @@ class Keeper:
                 f"{self._root} was left by {_processes(counts)}, and this is a run of {_processes({self._processes})}: "
                 "go on with as many as before, or start over without --resume."
             )
+
+
+def _check_own(folder: Path) -> None:
+    """Raises UsageError where a folder holds results, which would be removed with what a run has left."""
+    results = False
+    with suppress(DamagedFileError):  # nothing is there, or nothing of use
+        results = Analysis.load(folder).complete
+    with suppress(DamagedFileError):
+        results = results or not Partial.load_header(folder).state
+    if results:
+        raise UsageError(
+            f"{folder} holds results. Keep the state of a run in a folder of its own: {folder / 'partial'}"
+        )
 
 
 def _clear(folder: Path) -> None:

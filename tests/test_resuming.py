@@ -233,6 +233,7 @@ def test_what_an_interruption_leaves(tmp_path):
 
     assert extent(part) == "3 attention layers · partial: 24 of 30 images (tensor)"
     assert "partial: 24 of 30 images" in render_html(part)
+    assert "VisionTransformer (partial)</title>" in render_html(part)
 
 
 def test_nothing_is_left_where_nothing_was_measured(tmp_path):
@@ -462,6 +463,18 @@ def test_a_finished_shard_is_no_interrupted_run(tmp_path):
     cp.measure(vit(), IMAGES[:8], shard="1/2").save(tmp_path)
     with pytest.raises(UsageError, match="holds a finished shard"):
         cp.measure(vit(), IMAGES[:8], shard="1/2", partial=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("what", ["shard", "analysis"])
+def test_results_are_never_taken_for_a_state(tmp_path, what):
+    if what == "shard":
+        cp.measure(vit(), IMAGES[:8], shard="1/2").save(tmp_path)
+    else:
+        cp.analyze(vit(), IMAGES[:8]).save(tmp_path)
+    before = names(tmp_path)
+    with pytest.raises(UsageError, match=f"^{tmp_path} holds results. Keep the state of a run in a folder of its own"):
+        cp.analyze(vit(), IMAGES, partial=tmp_path)
+    assert names(tmp_path) == before
 
 
 def test_resume_needs_a_folder():

@@ -11,8 +11,9 @@ import importlib.metadata
 import platform
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import collapse_probe.models as bundled_models  # registers the bundled architectures with timm before any is loaded
-from collapse_probe.errors import UsageError
+from collapse_probe.errors import DamagedFileError, ResourceError, UsageError, is_out_of_memory
 from collapse_probe.fingerprint import images_fingerprint, weights_fingerprint
 from collapse_probe.loading import (
     Batch,
@@ -35,14 +36,16 @@ from collapse_probe.loading import (
 from collapse_probe.loading.soundness import constant_matrices, non_finite
 from collapse_probe.merging import merge, merge_one_by_one
 from collapse_probe.metrics.functional.ratio import SIMILAR
-from collapse_probe.options import Options
+from collapse_probe.options import Options, check_preprocessing
 from collapse_probe.partial import Partial, check_shards, is_same_shard
 from collapse_probe.progress import ProgressBar
 from collapse_probe.ranks import ranks
 from collapse_probe.result import Analysis
+from collapse_probe.resuming import Keeper
 from collapse_probe.shards import Shard
+from collapse_probe.shortage import out_of_memory
 from collapse_probe.skipping import SKIPPED_ALLOWED
-from collapse_probe.streaming import Progress, Run
+from collapse_probe.streaming import Progress, Run, StartOver
 from collapse_probe.weights import untouched_norms, unused_heads
 
 #: Without a number of samples, at most this many images of a folder are looked at: errors are below 0.01 long before.
@@ -83,6 +86,8 @@ def analyze(
     verify: bool = False,
     metrics: str = "fast",
     distributed: bool = False,
+    partial: str | Path | Keeper | None = None,
+    resume: bool = False,
     progress: Progress | bool = False,
 ) -> Analysis:
     """Where does attention collapse in this model?
@@ -121,24 +126,38 @@ def analyze(
             was overlooked; the outcome stands in the provenance, and a map that does not agree is left out.
         metrics: ``"fast"``, ``"all"``, or names separated by commas (`collapse_probe.metrics.suite`).
         distributed: share the images among the processes that `torchrun` started; every one returns the whole analysis.
+        partial: a folder in which the run keeps what it has measured, about every minute and when it is interrupted;
+            removed at the end. After an interruption it also holds the analysis of the images so far, whose
+            ``provenance["complete"]`` is False.
+        resume: go on from what `partial` holds, if it holds anything. Weights, images, options and versions must be the
+            same; a loader is iterated up to where the run was, and taken to deliver the same images in the same order.
         progress: True for a progress bar on stderr, or an object to report to (see :class:`Progress`).
 
     Returns:
         The :class:`Analysis`.
 
     Raises:
-        UsageError: an argument is out of range or contradicts another.
+        UsageError: an argument is out of range or contradicts another, or what is to be resumed is another run.
         ModelError: the model source was rejected, or no attention map could be captured.
         ImagesError: no usable images, or more than `max_skipped` of them could not be read.
-        ResourceError: out of memory.
+        ResourceError: out of memory with one image at a time.
+        KeyboardInterrupt: as it came, once `partial` holds what was measured.
     """
     given = {name: value for name, value in locals().items() if name not in ("model", "images", "distributed")}
+    keeper = given["partial"] = _keeper(partial, resume)
     if not distributed:
-        return merge([measure(model, images, **given)])
-    with ranks() as team:
-        own = team.together(lambda: measure(model, images, shard=team.shard, **given))
-        headers = check_shards(team.exchanged(own.header()))
-        return merge_one_by_one(headers, team.with_sums(own, headers))
+        analysis = merge([measure(model, images, **given)])
+    else:
+        with ranks() as team:
+            given["partial"] = None if keeper is None else keeper.of_rank(team.rank, team.size)
+            own = team.together(lambda: measure(model, images, shard=team.shard, **given))
+            headers = check_shards(team.exchanged(own.header()))
+            analysis = merge_one_by_one(headers, team.with_sums(own, headers))
+            if keeper is not None:
+                team.wait()  # for all, before what they go on from is removed
+    if keeper is not None and keeper is not partial:
+        keeper.discard()
+    return analysis
 
 
 def measure(
@@ -160,6 +179,8 @@ def measure(
     std: Sequence[float] | None = None,
     crop_pct: float | None = None,
     interpolation: str | None = None,
+    partial: str | Path | Keeper | None = None,
+    resume: bool = False,
     progress: Progress | bool = False,
     **settings: Any,
 ) -> Partial:
@@ -173,7 +194,8 @@ def measure(
         finished: what an earlier call left. Where it is this very shard of the same run (weights, images and options
             are compared), it is returned, and nothing is measured.
         model, images, arch, checkpoint, pretrained, use_ema, key, num_heads, allow_bad_weights, model_kwargs, \
-img_size, mean, std, crop_pct, interpolation, progress, settings: as those of :func:`analyze`; the same for all shards.
+img_size, mean, std, crop_pct, interpolation, partial, resume, progress, settings: as those of :func:`analyze`; the same
+            for all shards.
 
     Returns:
         The :class:`Partial`; save it with `save(folder)`.
@@ -188,6 +210,7 @@ img_size, mean, std, crop_pct, interpolation, progress, settings: as those of :f
         shard=shard if isinstance(shard, Shard) else Shard.parse(shard),
     )
     options.check()
+    check_preprocessing(img_size, mean, std, crop_pct, interpolation)
     started = time.perf_counter()
     bundled = images is None
     if images is None:
@@ -231,30 +254,147 @@ img_size, mean, std, crop_pct, interpolation, progress, settings: as those of :f
         "precision": _precision(network, options),
         "versions": _versions(),
     }
-    if options.shard.count > 1:
+    keeper = _keeper(partial, resume)
+    if options.shard.count > 1 or keeper is not None:
         fingerprint = {"weights": weights_fingerprint(network), "images": images_fingerprint(source, images)}
         described["fingerprint"] = fingerprint
         planned = Partial(options.shard, 0, options.described(), provenance=described)
         if finished is not None and is_same_shard(finished, planned):
             return finished
     bar = ProgressBar() if progress is True else progress or None
-    run = Run(options, target, bar, source.count, functools.partial(labels_of, source, network))
-    with _prepared(network, target), bar if isinstance(bar, ProgressBar) and progress is True else nullcontext():
-        run.through(network, _readable(source, options.max_skipped))
-    partial = run.partial()
-    partial.provenance = {
-        **described,
-        "images": described["images"] | {"count": run.images, "skipped": list(source.skipped), **run.top1.described()},
-        "seconds": round(time.perf_counter() - started, 2),
-    }
-    partial.provenance["normalisation"] = untouched_norms(network)
-    partial.provenance["non_finite_weights"] = non_finite(network.state_dict())
-    partial.provenance["constant_weights"] = constant_matrices(network.state_dict())
-    partial.provenance["mixed_after_softmax"] = run.mixed
-    partial.provenance["unused_heads"] = unused_heads(network, run.heads())
-    if run.verification is not None:
-        partial.provenance["verification"] = run.verification.to_dict()
-    return partial
+    job = _Pass(network, source, options, target, described, bar, keeper, started)
+    with bar if isinstance(bar, ProgressBar) and progress is True else nullcontext():
+        measured = job.done()
+    if keeper is not None and keeper is not partial:
+        keeper.discard()
+    return measured
+
+
+def _keeper(partial: str | Path | Keeper | None, resume: bool) -> Keeper | None:
+    if partial is None and resume:
+        raise UsageError("resume=True needs partial, the folder in which the interrupted run kept its state.")
+    return partial if partial is None or isinstance(partial, Keeper) else Keeper(partial, resume)
+
+
+@dataclass
+class _Pass:
+    """One pass of a model over images, from wherever an earlier one was interrupted.
+
+    Attributes:
+        network, source, options, target, progress: what runs on which images, how, where, and who is told.
+        described: the provenance, as far as it is known before.
+        keeper: where the state is saved, if anywhere.
+        started: when this began, by `time.perf_counter`.
+    """
+
+    network: nn.Module
+    source: ImageSource
+    options: Options
+    target: torch.device
+    described: dict[str, Any]
+    progress: Progress | None
+    keeper: Keeper | None
+    started: float
+
+    def done(self) -> Partial:
+        """What was summed when all images were seen."""
+        saved = self._begin()
+        limit = None
+        while True:
+            find = functools.partial(labels_of, self.source, self.network)
+            run = Run(self.options, self.target, self.progress, self.source.count, find, limit)
+            if saved is not None:
+                _restore(run, saved)
+            try:
+                self._through(run, saved)
+                break
+            except StartOver as shortage:
+                limit = shortage.limit
+            if not self.source.repeatable:
+                raise ResourceError(
+                    "Out of memory, and these images cannot be had again: give a DataLoader or a list instead of an "
+                    f"iterator, or batches of at most {limit} images."
+                )
+            saved = None if self.keeper is None else self.keeper.latest()
+        if self.keeper is not None:  # whoever goes on from here still has to write the results
+            self.keeper.save(lambda: self._state(run), self._note)
+        return self._described(run, run.partial())
+
+    def _begin(self) -> Partial | None:
+        """What an earlier run has left, if this one is to go on from it."""
+        if self.keeper is None:
+            return None
+        planned = Partial(self.options.shard, 0, self.options.described(), provenance=self.described)
+        saved = self.keeper.begin(planned, self._note)
+        if saved is not None:
+            self.started -= saved.provenance["seconds"]
+            self.source.skipped = list(saved.provenance["images"]["skipped"])
+        return saved
+
+    def _through(self, run: Run, saved: Partial | None) -> None:
+        def after_batch() -> None:
+            if self.keeper is not None and self.keeper.due:
+                self.keeper.save(lambda: self._state(run), self._note)
+
+        try:
+            with (
+                _memory(self.target, run),
+                _prepared(self.network, self.target),
+                closing(_readable(self.source, saved, self.options.max_skipped)) as batches,
+            ):
+                run.through(self.network, batches, after_batch)
+        except (KeyboardInterrupt, SystemExit):
+            if self.keeper is not None and run.fed:
+                self.keeper.interrupted(lambda: self._state(run), self.source.count, self._note)
+            raise
+
+    def _note(self, text: str) -> None:
+        if self.progress is not None:
+            self.progress.note(text)
+
+    def _state(self, run: Run) -> Partial:
+        return self._described(run, run.state())
+
+    def _described(self, run: Run, partial: Partial) -> Partial:
+        """With where it comes from; of skipped files with those up to the last image in its sums, if it may go on."""
+        skipped = list(self.source.skipped) if run.done else self.source.skipped_before(run.position)
+        partial.provenance = {
+            **self.described,
+            "images": self.described["images"] | {"count": partial.images, "skipped": skipped, **run.top1.described()},
+            "seconds": round(time.perf_counter() - self.started, 2),
+            "normalisation": untouched_norms(self.network),
+            "non_finite_weights": non_finite(self.network.state_dict()),
+            "constant_weights": constant_matrices(self.network.state_dict()),
+            "mixed_after_softmax": run.mixed,
+            "unused_heads": unused_heads(self.network, run.heads()),
+        }
+        if run.verification is not None:
+            partial.provenance["verification"] = run.verification.to_dict()
+        if run.limit is not None:
+            partial.provenance["batch_size_used"] = run.limit
+        return partial
+
+
+def _restore(run: Run, saved: Partial) -> None:
+    """Raises DamagedFileError where a state is not what this version writes, though no byte of it has changed."""
+    try:
+        run.restore(saved)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise DamagedFileError(
+            f"The state of the interrupted run is not one that this version of collapse_probe writes "
+            f"({type(error).__name__}: {error!s:.100}). Start over without --resume."
+        ) from error
+
+
+@contextmanager
+def _memory(device: torch.device, run: Run) -> Iterator[None]:
+    """A shortage that smaller batches would not mend: the model, its metrics or a batch of images do not fit."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(error, device, run.fed) from error
 
 
 def _borrowed(model: object, bundled: bool) -> str | None:
@@ -269,11 +409,14 @@ def _borrowed(model: object, bundled: bool) -> str | None:
     )
 
 
-def _readable(source: ImageSource, max_skipped: float) -> Iterator[Batch]:
-    """The batches, until too many images turn out to be unreadable: then at once, not when all work is done."""
-    for batch in source.batches():
-        check_skipped(source, max_skipped)
-        yield batch
+def _readable(source: ImageSource, saved: Partial | None, max_skipped: float) -> Generator[Batch, None, None]:
+    """The batches from where an earlier pass was, until too many images turn out to be unreadable: then at once, not
+    when all work is done."""
+    earlier = () if saved is None else (saved.state["position"], saved.images, saved.provenance["images"]["skipped"])
+    with closing(source.batches(*earlier)) as batches:
+        for batch in batches:
+            check_skipped(source, max_skipped)
+            yield batch
     check_skipped(source, max_skipped)  # the last files may have filled no batch
 
 

@@ -87,3 +87,19 @@ class ConditionError(CollapseProbeError):
     """A condition set by the caller does not hold."""
 
     exit_code = 7
+
+
+#: How PyTorch's allocators say it where they raise nothing but a RuntimeError: on CPUs (Linux, Windows), CUDA, MPS.
+_OUT_OF_MEMORY = (
+    "can't allocate memory", "not enough memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
+    "MPS backend out of memory", "HIP out of memory",
+)  # fmt: skip
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python, NumPy or PyTorch means that memory ran out; torch need not be there to tell."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and (
+        type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in _OUT_OF_MEMORY)
+    )

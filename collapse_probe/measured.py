@@ -76,6 +76,11 @@ class Measured(ABC):
             for state, values in metric.sums().items()
         }
 
+    def to(self, device: torch.device) -> None:
+        """Sum on this device from now on."""
+        for metric in self.metrics.values():
+            metric.to(device)
+
     def add(self, partial: Partial) -> None:
         """Add what a shard has summed."""
         for name, metric in self.metrics.items():

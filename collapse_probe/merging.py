@@ -64,6 +64,11 @@ def merge_one_by_one(
         max_skipped = max(header.options.get("max_skipped", SKIPPED_ALLOWED) for header in headers)
     check_share(max_skipped)
     _check_skipped(headers, max_skipped)
+    return joined(headers, whole, max_skipped)
+
+
+def joined(headers: Sequence[Partial], whole: Iterable[Partial], max_skipped: float) -> Analysis:
+    """The same of part of the images, of which more may be unreadable than of all."""
     analysis = readings(whole)
     analysis.provenance |= _provenance(headers)
     analysis.provenance["options"] = {**analysis.provenance["options"], "max_skipped": max_skipped}

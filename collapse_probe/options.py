@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,19 @@ from collapse_probe.errors import UsageError
 from collapse_probe.metrics.functional.ratio import SIMILAR
 from collapse_probe.shards import Shard
 from collapse_probe.skipping import SKIPPED_ALLOWED, check_share
+
+#: Ranges of whole numbers. The upper ends are far beyond any use; what is larger is a slip of the hand.
+_WHOLE_NUMBERS = {
+    "batch_size": (1, 10**6),
+    "workers": (0, 1000),
+    "num_samples": (1, 10**12),
+    "nearest": (1, 10**4),
+    "seed": (0, 2**63 - 1),
+    "tile_bytes": (1, 2**50),
+}
+
+#: Options that may be None.
+_OPTIONAL = {"num_samples", "tile_bytes", "until_se"}
 
 
 @dataclass(frozen=True)
@@ -40,15 +54,24 @@ class Options:
 
     def check(self) -> None:
         """Raises UsageError where a value is out of range."""
-        for name, least in (("batch_size", 1), ("num_samples", 1), ("nearest", 1), ("workers", 0)):
+        for name, (least, most) in _WHOLE_NUMBERS.items():
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise UsageError(f"{name} must be a whole number of at least {least}; got {value!r}.")
+            if not (value is None and name in _OPTIONAL):
+                _check_whole(name, value, least, most)
         for name in ("threshold", "until_se"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, (int, float)):
+            known = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not (known or (value is None and name in _OPTIONAL)):
                 raise UsageError(f"{name} must be a number; got {value!r}.")
         check_share(self.max_skipped)
+        for name in ("amp", "verify"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{name} must be True or False; got {getattr(self, name)!r}.")
+        for name in ("device", "metrics"):
+            if not isinstance(getattr(self, name), str):
+                raise UsageError(f"{name} must be text; got {getattr(self, name)!r}.")
+        if not all(isinstance(pattern, str) for pattern in self.layers):
+            raise UsageError(f"layers must be patterns of names; got {self.layers!r}.")
         if self.attention not in ("applied", "softmax"):
             raise UsageError(f"attention must be 'applied' or 'softmax'; got {self.attention!r}.")
         if self.amp_dtype not in ("bfloat16", "float16"):
@@ -59,3 +82,36 @@ class Options:
             raise UsageError("until_se needs to see all images; it cannot be used with shards. Use num_samples.")
         if not -1 <= self.threshold <= 1:
             raise UsageError(f"threshold must lie within -1..1; got {self.threshold}.")
+
+
+def _check_whole(name: str, value: Any, least: int, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        end = "2**63 - 1" if most == 2**63 - 1 else most
+        raise UsageError(f"{name} must be a whole number from {least} to {end}; got {value!r:.60}.")
+
+
+def check_preprocessing(
+    img_size: Any = None, mean: Any = None, std: Any = None, crop_pct: Any = None, interpolation: Any = None
+) -> None:
+    """Raises UsageError where what overrides a model's preprocessing is out of range, before the model is loaded."""
+    if img_size is not None:
+        _check_whole("img_size", img_size, 1, 10**5)
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None:
+            _check_values(name, values)
+    if crop_pct is not None and not (_is_finite(crop_pct) and 0 < crop_pct <= 1):
+        raise UsageError(f"crop_pct must be a number above 0, up to 1; got {crop_pct!r:.60}.")
+    if interpolation is not None and not isinstance(interpolation, str):
+        raise UsageError(f"interpolation must be text, such as 'bicubic'; got {interpolation!r}.")
+
+
+def _check_values(name: str, values: Any) -> None:
+    """One number for each channel, or one for all."""
+    listed = isinstance(values, (list, tuple)) and len(values) > 0
+    if not listed or not all(_is_finite(value) and (value > 0 or name == "mean") for value in values):
+        above = " above 0" if name == "std" else ""
+        raise UsageError(f"{name} must be finite numbers{above}, one or one per channel; got {values!r:.60}.")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf

@@ -1,8 +1,8 @@
 """Sums over some of the images: what a shard leaves behind, and what shards are merged from.
 
 Plain data like an :class:`~collapse_probe.result.Analysis`, and without torch. On disk it is a folder with `shard.json`
-(what was measured, on what, and how) and `sums.npz` (the states of all metrics). Each appears whole or not at all, and
-digests in the first say whether both are as they were written together.
+(what was measured, on what, and how) and `sums.npz` (the states of all metrics). Both appear together or not at all:
+new sums stand beside the old ones until a `shard.json` that names them by their digest has taken the old one's place.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from collapse_probe.errors import DamagedFileError, ResourceError, UsageError
-from collapse_probe.files import write_atomically
+from collapse_probe.errors import DamagedFileError, OutputError, ResourceError, UsageError
+from collapse_probe.files import move, write_atomically
 from collapse_probe.result import plain
 from collapse_probe.shards import Shard
 
@@ -40,7 +40,7 @@ _FREE = {"batch_size", "workers", "device", "max_skipped"}
 #: Types of what `shard.json` holds beside the schema's version and the digest.
 _TYPES = {
     "shard": dict, "images": int, "options": dict, "order": list, "groups": list, "streams": list,
-    "not_captured": list, "absent": list, "provenance": dict,
+    "not_captured": list, "absent": list, "provenance": dict, "state": dict,
 }  # fmt: skip
 
 
@@ -57,6 +57,7 @@ class Partial:
         sums: states of the metrics, ``"<group or stream>/<metric>/<state>"``.
         not_captured, absent: see :class:`~collapse_probe.result.Analysis`.
         provenance: model, images, device, seconds, versions; ``fingerprint`` tells weights and images from others.
+        state: of a run that may go on, where it stands (see :meth:`collapse_probe.streaming.Run.state`); else empty.
     """
 
     shard: Shard
@@ -69,6 +70,7 @@ class Partial:
     not_captured: list[dict[str, str]] = field(default_factory=list)
     absent: list[dict[str, str]] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
 
     def sums_of(self, name: str, metric: str) -> dict[str, np.ndarray]:
         """The states of one metric of a group or stream."""
@@ -92,8 +94,15 @@ class Partial:
         content = plain({"schema_version": SCHEMA_VERSION, **stored, "shard": asdict(self.shard)})
         content["sums_digest"] = hashlib.blake2b(buffer.getbuffer(), digest_size=16).hexdigest()
         content["digest"] = _digest(content)
-        write_atomically(folder / "sums.npz", buffer.getvalue())
-        write_atomically(folder / "shard.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
+        sums = write_atomically(folder / _name(content["sums_digest"]), buffer.getvalue())
+        try:
+            write_atomically(folder / "shard.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
+        except OutputError:
+            sums.unlink(missing_ok=True)
+            raise
+        move(sums, folder / "sums.npz")
+        for stale in folder.glob(_name("*")):  # of a process that was killed here
+            stale.unlink(missing_ok=True)
         return folder
 
     @classmethod
@@ -109,9 +118,7 @@ class Partial:
         content = _content(folder)
         header = _header(folder, content)
         try:
-            stored = (folder / "sums.npz").read_bytes()
-            if content.get("sums_digest") != hashlib.blake2b(stored, digest_size=16).hexdigest():
-                raise ValueError("sums.npz is not what was written with its shard.json.")
+            stored = _stored_sums(folder, content.get("sums_digest"))
             with np.load(io.BytesIO(stored), allow_pickle=False) as arrays:
                 sums = {key: arrays[key] for key in arrays.files}
         except FileNotFoundError as error:
@@ -129,6 +136,26 @@ class Partial:
 
 
 _AGAIN = "Measure the shard again."
+
+
+def _name(digest: str) -> str:
+    """The file of sums until its `shard.json` is there."""
+    return f"sums.{digest}.npz"
+
+
+def _stored_sums(folder: Path, digest: Any) -> bytes:
+    """The file of sums with this digest, under its own name or the one that it had before.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: there is another.
+    """
+    wanted = digest if isinstance(digest, str) and digest.isalnum() else ""
+    for path in (folder / "sums.npz", folder / _name(wanted)):
+        if path.exists() and hashlib.blake2b(stored := path.read_bytes(), digest_size=16).hexdigest() == wanted:
+            return stored
+    (folder / "sums.npz").stat()
+    raise ValueError("sums.npz is not what was written with its shard.json.")
 
 
 def _content(folder: Path) -> dict[str, Any]:
@@ -159,7 +186,8 @@ def _missing(folder: Path, error: FileNotFoundError) -> DamagedFileError:
 
 
 def _header(folder: Path, content: Mapping[str, Any]) -> Partial:
-    fields: dict[str, Any] = {name: content.get(name) for name in _TYPES}
+    fields: dict[str, Any] = {"state": {}, **content}
+    fields = {name: fields.get(name) for name in _TYPES}
     try:
         _check_types(fields)
         return Partial(**{**fields, "shard": Shard(**fields["shard"])})
@@ -206,6 +234,12 @@ def check_shards(partials: Sequence[Partial]) -> list[Partial]:
     """
     if not partials:
         raise UsageError("There is nothing to merge: give the folders of all shards.")
+    for partial in partials:
+        if partial.state:
+            raise UsageError(
+                f"Shard {partial.shard} is not finished: it holds {partial.images} images of a run that was "
+                "interrupted. Go on with --resume first."
+            )
     counts = {partial.shard.count for partial in partials}
     if len(counts) > 1:
         raise UsageError(f"These are shards of different splits: of {' and of '.join(map(str, sorted(counts)))} parts.")
@@ -240,7 +274,19 @@ def is_same_shard(one: Partial, other: Partial) -> bool:
     Only where weights and images are known for what they are: images of a loader are not.
     """
     known = all(_fingerprint(one).get(name) for name in ("weights", "images"))
-    return one.shard == other.shard and known and _run(one) == _run(other)
+    return one.shard == other.shard and known and not one.state and _run(one) == _run(other)
+
+
+def check_resumable(saved: Partial, planned: Partial) -> None:
+    """Raises UsageError where a run that was interrupted is another one than what is about to be measured."""
+    own = {"shards": str(saved.shard), **_run(saved), "versions": saved.provenance.get("versions")}
+    others = {"shards": str(planned.shard), **_run(planned), "versions": planned.provenance.get("versions")}
+    for name, value in own.items():
+        if plain(value) != plain(others[name]):
+            raise UsageError(
+                f"The interrupted run was measured with different {name}{_difference(value, others[name])}: it cannot "
+                "go on. Repeat the same command with --resume, or start over without it."
+            )
 
 
 def _check_same_run(first: Partial, other: Partial) -> None:

@@ -3,7 +3,7 @@
 Nothing here imports torch: a saved analysis can be loaded, plotted and compared on a machine without it.
 
 On disk an analysis is a folder with `analysis.json` (tables, every layer-by-layer matrix, findings, provenance) and
-`arrays.npz` (the larger arrays: by head, by token, histograms). Both files appear whole or not at all.
+`arrays.npz` (the larger arrays: by head, by token, histograms). All files appear together or not at all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from collapse_probe.errors import DamagedFileError, UsageError
-from collapse_probe.files import write_atomically
+from collapse_probe.files import staged, write_atomically
 from collapse_probe.words import neutral
 
 #: Version 2 added windows and partitions; what an analysis of version 1 holds has one window per image. Version 3 added
@@ -204,7 +204,8 @@ class Analysis:
             error over images. NaN marks what is undefined for that layer.
         groups: layers that may be compared with each other.
         findings: the verdict.
-        provenance: model, weights, images, preprocessing, versions, options.
+        provenance: model, weights, images, preprocessing, versions, options; ``complete`` is False where the run was
+            interrupted, and ``images`` then says how many were planned.
         not_captured: layers that ran and have no map here, each with ``layer`` and ``reason``.
         streams: layers whose token features may be compared with each other.
         absent: metrics that were chosen and are not defined somewhere, each with ``metric``, ``where`` (a group, a
@@ -239,6 +240,11 @@ class Analysis:
         return [*self.groups, *self.streams]
 
     @property
+    def complete(self) -> bool:
+        """Whether all images were measured that were to be."""
+        return self.provenance.get("complete") is not False
+
+    @property
     def main_group(self) -> Group:
         """The group with most layers (the first of them on a tie)."""
         return max(self.groups, key=lambda group: len(group.layers))
@@ -253,14 +259,14 @@ class Analysis:
         """Write `analysis.json`, `arrays.npz`, `layers.csv` and `similarity.csv` into a folder; returns the folder.
 
         Raises:
-            OutputError: the folder or a file in it cannot be written.
+            OutputError: the folder or a file in it cannot be written; then what was there before still is.
         """
-        folder = Path(folder)
-        write_atomically(folder / "arrays.npz", self._arrays_as_bytes())
-        write_atomically(folder / "layers.csv", self.layers.to_csv(index_label="layer"))
-        write_atomically(folder / "similarity.csv", self.similarity.to_csv(index_label="layer"))
-        write_atomically(folder / "analysis.json", json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
-        return folder
+        with staged(folder) as stage:
+            write_atomically(stage / "arrays.npz", self._arrays_as_bytes())
+            write_atomically(stage / "layers.csv", self.layers.to_csv(index_label="layer"))
+            write_atomically(stage / "similarity.csv", self.similarity.to_csv(index_label="layer"))
+            write_atomically(stage / "analysis.json", json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+        return Path(folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> Analysis:
@@ -339,6 +345,8 @@ class Analysis:
         model = self.provenance.get("model", {}).get("architecture", "model")
         images = self.provenance.get("images", {}).get("count", "?")
         verdict = "; ".join(finding.title for finding in self.findings) or "no findings"
+        if not self.complete:
+            images = f"partial: {images} of {self.provenance['images'].get('planned') or 'more'}"
         return neutral(f"Analysis({model}, {len(self.layers)} layers, {images} images: {verdict})")
 
     def _repr_html_(self) -> str:

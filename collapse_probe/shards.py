@@ -41,7 +41,7 @@ class Shard:
         Raises:
             UsageError: the text is not of that form, or its first number does not lie between 1 and the second.
         """
-        numbers = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", text)
+        numbers = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", text) if isinstance(text, str) else None
         if numbers is None:
             raise _wrong(text)
         return cls(int(numbers[1]), int(numbers[2]))
@@ -63,7 +63,8 @@ class Shard:
 WHOLE = Shard()
 
 
-def _wrong(text: str) -> UsageError:
+def _wrong(text: object) -> UsageError:
     return UsageError(
-        f"{text!r} is no shard: write NUMBER/COUNT with NUMBER between 1 and COUNT, such as 2/4 for the second of four."
+        f"{text!r:.60} is no shard: write NUMBER/COUNT with NUMBER between 1 and COUNT, such as 2/4 for the second of "
+        "four."
     )

@@ -7,12 +7,14 @@ group and stream add to their sums what they need of them; all is dropped before
 from __future__ import annotations
 
 import fnmatch
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +32,7 @@ from collapse_probe.capture import (
     layer_groups,
     out_of_order,
 )
-from collapse_probe.errors import CaptureError, ResourceError, UsageError
+from collapse_probe.errors import CaptureError, ResourceError, UsageError, is_out_of_memory
 from collapse_probe.loading import Batch, Labels
 from collapse_probe.measured import MeasuredGroup, MeasuredStream
 from collapse_probe.metrics.suite import choose
@@ -38,6 +40,8 @@ from collapse_probe.metrics.tiles import BLOCK
 from collapse_probe.metrics.token_metric import TokenMetric
 from collapse_probe.options import Options
 from collapse_probe.partial import Partial
+from collapse_probe.shortage import out_of_memory
+from collapse_probe.signals import undisturbed
 from collapse_probe.top1 import Top1
 
 
@@ -58,13 +62,26 @@ LEAST_IMAGES = 16
 LONG_RUN, LARGE_SUMS = 60, 1 << 30
 
 
+class StartOver(Exception):
+    """Memory ran out while sums were added to, so that they are of no use any more.
+
+    Attributes:
+        limit: how many images to pass through the model at a time from now on.
+    """
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit)
+        self.limit = limit
+
+
 @dataclass
 class _Waiting:
-    """What images left that were not measured yet."""
+    """What images left that were not measured yet; of layers whose heads can be told apart, their norms `[B, H]`."""
 
     index: Tensor
     maps: dict[str, AttentionMap]
     features: dict[str, TokenFeatures]
+    norms: dict[str, Tensor]
 
     @classmethod
     def joined(cls, parts: list[_Waiting]) -> _Waiting:
@@ -74,20 +91,35 @@ class _Waiting:
             torch.cat([part.index for part in parts]),
             {name: concatenate([part.maps[name] for part in parts]) for name in first.maps},
             {name: concatenate_features([part.features[name] for part in parts]) for name in first.features},
+            {
+                name: torch.cat([part.norms[name] for part in parts])
+                for name in first.norms
+                if all(name in part.norms for part in parts)
+            },
         )
 
     def select(self, start: int, stop: int, clone: bool = False) -> _Waiting:
         """Images start..stop-1, in memory of their own if wished: parts of a batch would keep all of it alive."""
         maps = {name: item.select(start, stop) for name, item in self.maps.items()}
         features = {name: item.select(start, stop) for name, item in self.features.items()}
+        norms = {name: item[start:stop] for name, item in self.norms.items()}
         if clone:
             maps = {name: item.clone() for name, item in maps.items()}
             features = {name: item.clone() for name, item in features.items()}
-        return _Waiting(self.index[start:stop], maps, features)
+            norms = {name: item.clone() for name, item in norms.items()}
+        return _Waiting(self.index[start:stop], maps, features, norms)
 
 
 class Run:
-    """The state of one pass over the images."""
+    """The state of one pass over the images.
+
+    Attributes:
+        images: how many images have passed through the model.
+        fed: how many of them are in the sums; the others wait for the rest of their unit.
+        position: the place of the first image that is not in the sums.
+        limit: how many images pass through the model at a time at most; None for whole batches.
+        done: whether nothing more is to be measured.
+    """
 
     def __init__(
         self,
@@ -96,10 +128,12 @@ class Run:
         progress: Progress | None,
         total: int | None,
         labels: Callable[[int], Labels | None] | None = None,
+        limit: int | None = None,
     ) -> None:
+        self.options, self.device, self.progress, self.total, self.limit = options, device, progress, total, limit
+        self.images = self.fed = self.position = 0
+        self.done = False
         self.top1 = Top1(labels)
-        self.options, self.device, self.progress, self.total = options, device, progress, total
-        self.images = 0
         self.groups: list[MeasuredGroup] = []
         self.streams: list[MeasuredStream] = []
         self.not_captured: dict[str, str] = {}
@@ -113,44 +147,133 @@ class Run:
         self.mixed: list[str] = []  # layers that apply something else than their softmax map
         self._shapes: list[tuple[int, ...]] = []
         self._no_features: dict[str, str] = {}
+        self._carried: dict[str, np.ndarray] = {}  # sums before a restart that no group or stream knows
+        self._restored, self._size = 0, 1  # images before a restart; images in the last forward pass
         self._started = time.perf_counter()
 
-    def through(self, model: nn.Module, batches: Iterable[Batch]) -> None:
-        """Run the model on every batch and feed the metrics in units of images that no batch size changes."""
-        autocast = (
-            torch.autocast(self.device.type, getattr(torch, self.options.amp_dtype))
-            if self.options.amp
-            else nullcontext()
-        )
+    def through(
+        self, model: nn.Module, batches: Iterable[Batch], after_batch: Callable[[], None] | None = None
+    ) -> None:
+        """Run the model on every batch and feed the metrics in units of images that no batch size changes.
+
+        Args:
+            model: on its device, in evaluation mode.
+            batches: as an :class:`~collapse_probe.loading.ImageSource` delivers them, from `position` on.
+            after_batch: called whenever a batch is done and more may come.
+
+        Raises:
+            CaptureError: no map was captured, or other ones than before.
+            ResourceError: memory does not hold one image.
+            StartOver: memory ran out while sums were added to.
+        """
+        announced = False
+        for batch in batches if not self.done else ():
+            self._measure(model, batch)
+            if self.progress is not None and self.images:
+                if not announced:
+                    self._announce(self.progress)
+                announced = True
+                self.progress(self.images, self.total)
+            if self._precise_enough():
+                if self.progress is not None:
+                    self.progress.note(f"Stopped after {self.images} images: precise enough.")
+                break
+            if after_batch is not None:
+                after_batch()
+        self._feed(flush=True)
+        self.done = True
+
+    def state(self) -> Partial:
+        """What was summed so far, and where this run stands: what :meth:`restore` goes on from."""
+        partial = self.partial()
+        partial.state = {
+            "position": self.position,
+            "done": self.done,
+            "turned": self._turned,
+            "shapes": [list(shape) for shape in self._shapes],
+            "mixed": self.mixed,
+            "absent": {item.name: item.absent for item in (*self.groups, *self.streams)},
+            "no_features": self._no_features,
+            "verification": None if self.verification is None else self.verification.to_dict(),
+        }
+        return partial
+
+    def restore(self, saved: Partial) -> None:
+        """Go on where another run stood, whose weights, images and options are known to be the same.
+
+        Raises:
+            KeyError, TypeError, ValueError: this is not what :meth:`state` gave.
+        """
+        state = saved.state
+        self.images = self.fed = self._restored = saved.images
+        self.position, self.done, self._turned = state["position"], state["done"], state["turned"]
+        self.groups = [MeasuredGroup.restored(header) for header in saved.groups]
+        self.streams = [MeasuredStream.restored(header) for header in saved.streams]
+        for item in (*self.groups, *self.streams):
+            item.to(self.device)
+            item.add(saved)
+            item.absent = dict(state["absent"][item.name])
+        known = {f"{item.name}/" for item in (*self.groups, *self.streams)}
+        self._carried = {
+            name: values for name, values in saved.sums.items() if name.partition("/")[0] + "/" not in known
+        }
+        self.not_captured = {entry["layer"]: entry["reason"] for entry in saved.not_captured}
+        self.mixed, self._order, self._no_features = state["mixed"], list(saved.order), dict(state["no_features"])
+        self._shapes = [tuple(shape) for shape in state["shapes"]]
+        self.verification = _verification(state["verification"])
+        self.top1.restore(saved)
+
+    def _measure(self, model: nn.Module, batch: Batch) -> None:
+        """Pass a batch through the model, in parts where memory does not hold what the whole leaves behind."""
+        start = 0
+        while start < len(batch.index):
+            stop = start + (self.limit or len(batch.index))
+            part = Batch(batch.images[start:stop], batch.index[start:stop])
+            captured = self._forward(model, part)
+            if captured is not None:
+                self._size = len(part.index)
+                self._take(captured, part.index, _size(part.images))
+                start = stop
+
+    def _forward(self, model: nn.Module, batch: Batch) -> Captured | None:
+        """What these images left, or None where memory ran out: then fewer are to be tried."""
+        turned = self._turned
         dtype = next((item.dtype for item in model.parameters() if item.is_floating_point()), torch.float32)
         try:
-            for batch in batches:
-                first = not self.images
-                images = batch.images.to(self.device, dtype, non_blocking=True)
-                with torch.inference_mode(), autocast:
-                    with capture(model, first and self.options.verify, self._wants_features) as captured:
-                        output = model(images)
-                    self.top1.see(output, batch.index)
-                    if not self._turned and len(images) > 1:
-                        self._turned = True
-                        self._leave_out(out_of_order(model, images, captured.maps), captured)
-                self._take(captured, batch.index, _size(images))
-                if self.progress is not None:
-                    if first:
-                        self._announce(self.progress)
-                    self.progress(self.images, self.total)
-                if self._precise_enough():
-                    if self.progress is not None:
-                        self.progress.note(f"Stopped after {self.images} images: precise enough.")
-                    break
-            self._feed(flush=True)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            images = batch.images.to(self.device, dtype, non_blocking=True)
+            with torch.inference_mode(), self._autocast():
+                with capture(model, not self.images and self.options.verify, self._wants_features) as captured:
+                    output = model(images)
+                if not self._turned and len(images) > 1:
+                    self._turned = True
+                    self._leave_out(out_of_order(model, images, captured.maps), captured)
+            self.top1.see(output, batch.index)
+            return captured
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
                 raise
-            raise ResourceError(
-                f"Out of memory after {self.images} images at batch size {self.options.batch_size}. "
-                "Use a smaller --batch-size."
-            ) from error
+            self._turned = turned
+            if len(batch.index) == 1:
+                raise self._shortage(error, model) from error
+        # The exception is gone by now, and what its traceback kept alive with it.
+        self.limit = self._halved(len(batch.index))
+        return None
+
+    def _halved(self, images: int) -> int:
+        """Half as many images at a time, and say so."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.progress is not None:
+            self.progress.note(f"Out of memory with {images} images at a time: going on with {images // 2}.")
+        return images // 2
+
+    def _shortage(self, error: Exception, model: nn.Module | None = None) -> ResourceError:
+        return out_of_memory(error, self.device, self.fed, model)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if not self.options.amp:
+            return nullcontext()
+        return torch.autocast(self.device.type, getattr(torch, self.options.amp_dtype))
 
     def partial(self) -> Partial:
         """What was summed, as plain data."""
@@ -164,12 +287,14 @@ class Run:
         absent += [{"metric": tokens, "where": name, "reason": reason} for name, reason in self._no_features.items()]
         return Partial(
             shard=self.options.shard,
-            images=self.images,
+            images=self.fed,
             options=self.options.described(),
             order=self._order,
             groups=[group.header() for group in self.groups],
             streams=[stream.header() for stream in self.streams],
-            sums={name: values for item in measured for name, values in item.sums().items()} | self.top1.sums(),
+            sums=self._carried
+            | {name: values for item in measured for name, values in item.sums().items()}
+            | self.top1.sums(),
             not_captured=[{"layer": name, "reason": reason} for name, reason in self.not_captured.items()],
             absent=absent,
         )
@@ -180,7 +305,8 @@ class Run:
 
     def _announce(self, progress: Progress) -> None:
         """Say what a long run will cost, from what the first batch took."""
-        seconds = (time.perf_counter() - self._started) / self.images * ((self.total or self.images) - self.images)
+        pace = (time.perf_counter() - self._started) / max(1, self.images - self._restored)
+        seconds = pace * ((self.total or self.images) - self.images)
         measured = [*self.groups, *self.streams]
         sums = sum(metric.state_bytes() for item in measured for metric in item.metrics.values())
         if seconds > LONG_RUN or sums > LARGE_SUMS:
@@ -200,9 +326,7 @@ class Run:
                 "analysis needs images of one size that all pass through the same layers."
             )
         self.images += _image_count(maps)
-        for group in self.groups:
-            group.see_heads(captured.head_norms)
-        self._waiting.append(_Waiting(index, maps, features))
+        self._waiting.append(_Waiting(index, maps, features, dict(captured.head_norms)))
         self._feed()
 
     def _leave_out(self, names: list[str], captured: Captured) -> None:
@@ -281,14 +405,30 @@ class Run:
             ready -= sum(int((part.index // self._unit == last // self._unit).sum()) for part in self._waiting)
         if not ready:
             return
-        joined = _Waiting.joined(self._waiting)
+        try:
+            with undisturbed():  # sums that hold part of an image could not be saved
+                self._add(_Waiting.joined(self._waiting), ready)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if self._size == 1:
+                raise self._shortage(error) from error
+            raise StartOver(self._halved(self._size)) from None
+
+    def _add(self, joined: _Waiting, ready: int) -> None:
+        """Feed the metrics with the first images; the others go on waiting."""
+        index = joined.index[:ready]
         for run in self.groups:
-            run.feed({name: joined.maps[name].select(0, ready) for name in run.layers}, joined.index[:ready],
-                     self.options.tile_bytes)  # fmt: skip
+            run.feed({name: joined.maps[name].select(0, ready) for name in run.layers}, index, self.options.tile_bytes)
+            run.see_heads({name: norms[:ready] for name, norms in joined.norms.items()})
         for stream in self.streams:
-            stream.feed({name: joined.features[name].select(0, ready) for name in stream.layers}, joined.index[:ready],
+            stream.feed({name: joined.features[name].select(0, ready) for name in stream.layers}, index,
                         self.options.tile_bytes)  # fmt: skip
+        total = len(joined.index)
         self._waiting = [joined.select(ready, total, clone=True)] if ready < total else []
+        self.fed += ready
+        self.position = int(index[-1]) + 1
+        self.top1.settle(self.position)
 
     def _precise_enough(self) -> bool:
         limit = self.options.until_se
@@ -343,7 +483,10 @@ def _nothing_captured(captured: Captured) -> str:
     return "No attention was seen in this model. " + (gaps or "Is it a vision transformer?")
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """PyTorch has an exception of its own for GPUs; on the CPU only the text tells."""
-    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return known or "can't allocate memory" in str(error)
+def _verification(described: Mapping[str, Any] | None) -> Verification | None:
+    """From plain data, in which NaN is None."""
+    if described is None:
+        return None
+    errors = {name: math.nan if error is None else error for name, error in described["errors"].items()}
+    counts = {name: described[name] for name in ("kernels", "captured", "named")}
+    return Verification(**counts, errors=errors, failures=list(described["failures"]))

@@ -498,8 +498,8 @@ def test_save_and_load(analysis, tmp_path):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"batch_size": 0}, "batch_size must be a whole number of at least 1; got 0"),
-        ({"workers": -1}, "workers must be a whole number of at least 0"),
+        ({"batch_size": 0}, "batch_size must be a whole number from 1 to 1000000; got 0"),
+        ({"workers": -1}, "workers must be a whole number from 0 to 1000; got -1"),
         ({"threshold": 1.5}, r"threshold must lie within -1\.\.1"),
         ({"until_se": 0.0}, "until_se must lie between 0 and 1"),
         ({"attention": "raw"}, "'applied' or 'softmax'; got 'raw'"),

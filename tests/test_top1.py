@@ -30,6 +30,7 @@ def test_images_without_label_are_not_counted():
     top1, asked = counter()
     top1.see(answers(2, 1, 0), torch.tensor([0, 1, 2]))
     top1.see(answers(1, 2), torch.tensor([3, 4]))
+    top1.settle(5)
     assert (top1.correct, top1.labelled) == (2, 3)
     assert asked == [3]
     assert top1.result(top1.described()["labels"]) == {
@@ -40,6 +41,10 @@ def test_images_without_label_are_not_counted():
 def test_the_index_and_not_the_arrival_tells_the_label():
     top1, _ = counter()
     top1.see(answers(2, 2, 1), torch.tensor([5, 0, 3]))
+    assert (top1.correct, top1.labelled) == (0, 0)  # not before the other sums hold these images
+    top1.settle(5)
+    assert (top1.correct, top1.labelled) == (2, 2)
+    top1.settle(6)
     assert (top1.correct, top1.labelled) == (3, 3)
 
 

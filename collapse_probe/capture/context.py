@@ -24,7 +24,7 @@ from collapse_probe.capture.operators import storage_of
 from collapse_probe.capture.residual import ResidualFollower
 from collapse_probe.capture.sighting import Product, Sighting
 from collapse_probe.capture.verification import Verification, product_error, tolerance
-from collapse_probe.errors import UsageError
+from collapse_probe.errors import UsageError, is_out_of_memory
 
 _ATTENTION_CLASS = re.compile(r"attn|attention", re.IGNORECASE)
 
@@ -235,9 +235,9 @@ class Captured:
             self.head_norms.pop(key, None)
         try:
             norms = None if product is None else head_norms(attention, product)
-        except (torch.OutOfMemoryError, MemoryError):
-            raise
-        except Exception:  # an output that has no axis of heads
+        except Exception as error:  # an output that has no axis of heads
+            if is_out_of_memory(error):
+                raise
             norms = None
         if norms is not None:
             self.head_norms[attention.name] = norms
@@ -270,9 +270,9 @@ class Captured:
         """Check a map against the model's own product; one that does not agree is none."""
         try:
             error = product_error(attention, product)
-        except (torch.OutOfMemoryError, MemoryError):
-            raise
-        except Exception:  # shapes that do not fit each other, or tensors without values
+        except Exception as broken:  # shapes that do not fit each other, or tensors without values
+            if is_out_of_memory(broken):
+                raise
             error = math.nan
         verification.errors[attention.name] = error
         if not error <= tolerance(product):

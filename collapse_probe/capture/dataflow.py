@@ -49,6 +49,7 @@ from collapse_probe.capture.scores import ADD, DIVIDE, MULTIPLY, SUBTRACT, Score
 from collapse_probe.capture.sighting import Product, Sighting
 from collapse_probe.capture.weights import Weights, stored
 from collapse_probe.capture.windows import WindowCut
+from collapse_probe.errors import is_out_of_memory
 
 aten = torch.ops.aten
 
@@ -76,9 +77,9 @@ def followed(residual: ResidualFollower) -> Iterator[None]:
     before, _BOOKKEEPING.on = getattr(_BOOKKEEPING, "on", False), True
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         residual.fail(error)
     finally:
         _BOOKKEEPING.on = before
@@ -206,9 +207,9 @@ class AttentionTracer(TorchDispatchMode):
         _BOOKKEEPING.on = True
         try:
             self._observe(serial, found, func, args, kwargs, out)
-        except (torch.OutOfMemoryError, MemoryError):
-            raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             self._nodes.clear()
             reason = f"its operators could not be followed ({type(error).__name__}: {error})"
             self._emit(Sighting(frozenset() if serial is None else frozenset({serial}), reason=reason))

@@ -7,7 +7,7 @@ import shlex
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,9 @@ from collapse_probe.cli.outcome import with_exit_codes
 from collapse_probe.errors import DamagedFileError, UsageError
 from collapse_probe.shards import Shard
 from collapse_probe.skipping import SKIPPED_ALLOWED
+
+if TYPE_CHECKING:
+    from collapse_probe.resuming import Keeper
 
 MODEL, IMAGES, RUN, RESULT = "Model", "Images", "Running", "Result"
 
@@ -141,6 +144,14 @@ def analyze(
         bool,
         typer.Option("--force", help="Measure a shard again that --out holds already.", rich_help_panel=RUN),
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with the same run where it was interrupted, from what it left in partial/ in --out.",
+            rich_help_panel=RUN,
+        ),
+    ] = False,
     threshold: Annotated[
         float,
         typer.Option(help="Similarity above which neighbouring blocks are called similar.", rich_help_panel=RESULT),
@@ -174,6 +185,7 @@ def analyze(
         with ranks() as team, one_voice(team):
             source, arch, weights = _sources(model, architecture, checkpoint)
             part = _part(shard, out, force, team.size)
+            keeper = _keeper(out, resume, command)
             arguments: dict[str, Any] = {
                 "arch": arch, "checkpoint": weights, "pretrained": pretrained, "use_ema": use_ema,
                 "key": key, "num_heads": num_heads, "allow_bad_weights": allow_bad_weights,
@@ -188,30 +200,47 @@ def analyze(
             leading = team.rank == 0
             team.together(lambda: check_writable(out) if out is not None and leading else None)
             if source is None:
-                _alone(part, team.size)
+                _alone(part, team.size, resume)
                 analyze_pair(arguments, images, out, progress, command)
                 return
             from collapse_probe.analysis import analyze as run
 
+            arguments["partial"] = keeper
             if part is not None and out is not None:
                 _measure_shard(part, Path(out), force, command, source, images, arguments)
-                return
-            analysis = run(source, images, distributed=team.size > 1, **arguments)
+            else:
+                analysis = run(source, images, distributed=team.size > 1, **arguments)
         if not leading:
             return
-        analysis.provenance["command"] = command
-        if out is not None:
-            write(analysis, Path(out), progress)
-    show(analysis, out)
+        if part is None:
+            analysis.provenance["command"] = command
+            if out is not None:
+                write(analysis, Path(out), progress)
+        if keeper is not None:
+            keeper.discard()
+    if part is None:
+        show(analysis, out)
 
 
-def _alone(part: Shard | None, processes: int) -> None:
-    """Sums over shards and processes are those of one model."""
-    if part is not None or processes > 1:
+def _alone(part: Shard | None, processes: int, resume: bool) -> None:
+    """Sums over shards and processes, and those of a run that was interrupted, are those of one model."""
+    if part is not None or processes > 1 or resume:
         raise UsageError(
-            "Without a model, two are analysed side by side by one process. Name the one whose images are to be shared "
-            "out, for example: collapse-probe analyze digits_vit_24b"
+            "Without a model, two are analysed side by side by one process, from the first image to the last. Name the "
+            "one that is meant, for example: collapse-probe analyze digits_vit_24b"
         )
+
+
+def _keeper(out: str | None, resume: bool, command: str) -> Keeper | None:
+    """Where the run keeps what it has measured until its results are written."""
+    from collapse_probe.resuming import Keeper
+
+    if out is None and resume:
+        raise UsageError("--resume goes on from what a run left in its --out folder: give --out.")
+    if out is None:
+        return None
+    again = command if resume else f"{command} --resume"
+    return Keeper(Path(out) / "partial", resume, lambda text: print(text, file=sys.stderr, flush=True), again)
 
 
 def _part(shard: str | None, out: str | None, force: bool, processes: int) -> Shard | None:

@@ -67,29 +67,37 @@ def analyze_pair(
         UsageError: an option that is about one model.
     """
     from collapse_probe.analysis import analyze
-    from collapse_probe.cli.results import write
     from collapse_probe.files import check_writable
-    from collapse_probe.report.comparison import write_comparison
+    from collapse_probe.metrics.functional.ratio import SIMILAR
 
     _check_options(arguments)
     if out is not None:
         for _, _, folder in SIDES.values():
             check_writable(Path(out) / folder)
     analyses: dict[str, Analysis] = {}
-    for label, (name, maps, folder) in SIDES.items():
+    for label, (name, maps, _) in SIDES.items():
         progress.note(f"Analysing {label} ({name})")
         analysis = analyze(name, images, **{**arguments, "attention": maps})
         analysis.provenance["command"] = command
         analyses[label] = analysis
-        if out is not None:
-            write(analysis, Path(out) / folder, progress)
     if out is not None:
-        links = {label: f"{folder}/report.html" for label, (_, _, folder) in SIDES.items()}
-        from collapse_probe.metrics.functional.ratio import SIMILAR
-
         as_shipped = images is None and not arguments["layers"] and arguments["threshold"] == SIMILAR
-        write_comparison(analyses, Path(out) / "report.html", introduction(as_shipped), links)
+        _write(analyses, Path(out), introduction(as_shipped), progress)
     _show(analyses, out)
+
+
+def _write(analyses: dict[str, Analysis], out: Path, paragraphs: list[str], progress: ProgressBar) -> None:
+    """A folder for each analysis and the page that shows all, or nothing."""
+    from collapse_probe.cli.results import fill
+    from collapse_probe.files import staged
+    from collapse_probe.report.comparison import write_comparison
+
+    progress.note(f"Writing {out}")
+    links = {label: f"{folder}/report.html" for label, (_, _, folder) in SIDES.items()}
+    with staged(out) as stage:
+        for label, analysis in analyses.items():
+            fill(analysis, stage / SIDES[label][2])
+        write_comparison(analyses, stage / "report.html", paragraphs, links)
 
 
 def _check_options(arguments: dict[str, Any]) -> None:

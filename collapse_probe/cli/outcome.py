@@ -10,7 +10,7 @@ from typing import ParamSpec
 
 import typer
 
-from collapse_probe.errors import CollapseProbeError
+from collapse_probe.errors import CollapseProbeError, ResourceError, is_out_of_memory
 from collapse_probe.words import neutral
 
 P = ParamSpec("P")
@@ -34,6 +34,9 @@ def with_exit_codes(command: Callable[P, None]) -> Callable[P, None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
         except Exception as error:
+            if is_out_of_memory(error):
+                print(f"Error: Out of memory: {str(error) or type(error).__name__}", file=sys.stderr)
+                raise typer.Exit(ResourceError.exit_code) from None
             if os.environ.get("COLLAPSE_PROBE_DEBUG"):
                 raise
             print(

@@ -47,11 +47,19 @@ def one_voice(team: Team) -> Iterator[None]:
 
 
 def write(analysis: Analysis, folder: Path, progress: ProgressBar) -> None:
-    """Everything that goes into an --out folder."""
+    """Everything that goes into an --out folder, or nothing."""
+    from collapse_probe.files import staged
+
+    progress.note(f"Writing {folder}")
+    with staged(folder) as stage:
+        fill(analysis, stage)
+
+
+def fill(analysis: Analysis, folder: Path) -> None:
+    """Write data, figures and the report into a folder, one after the other."""
     from collapse_probe.plots import Gallery, save_figures
     from collapse_probe.report.html import write_report
 
-    progress.note(f"Writing {folder}")
     analysis.save(folder)
     gallery = Gallery(analysis)
     save_figures(gallery, folder / "figures")

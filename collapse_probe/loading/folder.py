@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from bisect import bisect_left
 from collections.abc import Generator, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -16,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from collapse_probe.errors import ImageFileError, ImagesError, UsageError
 from collapse_probe.loading.data_config import make_transform
 from collapse_probe.loading.decode import DECODING, decode, image_extensions
-from collapse_probe.loading.image_source import Batch, ImageSource
+from collapse_probe.loading.image_source import Batch, ImageSource, parts
 from collapse_probe.shards import WHOLE, Shard
 from collapse_probe.words import neutral
 
@@ -74,10 +76,18 @@ class FolderImages(ImageSource):
         return {**super().describe(), "root": self._named, "other_files": self.other_files, "seed": self._seed,
                 "decoding": DECODING}  # fmt: skip
 
-    def _batches(self) -> Generator[Batch, None, None]:
-        loader = DataLoader(
-            self.dataset(), batch_size=self._batch_size, num_workers=self._workers, collate_fn=_readable_only
-        )
+    def skipped_before(self, place: int) -> list[dict[str, str]]:
+        """As :meth:`ImageSource.skipped_before`."""
+        return [entry for entry in self.skipped if self._places[entry["path"]] < place]
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {path: place for place, path in enumerate(self.paths)}
+
+    def _batches(self, start: int) -> Generator[Batch, None, None]:
+        own = self.shard.indices(len(self.paths))
+        numbers = parts(bisect_left(own, start), len(own), self._batch_size)
+        loader = DataLoader(self.dataset(), batch_sampler=numbers, num_workers=self._workers, collate_fn=_readable_only)
         # When this generator is closed the loader's iterator goes with it, and that ends its workers.
         for images, index, skipped in loader:
             self.skipped.extend(skipped)

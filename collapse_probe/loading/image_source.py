@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -55,20 +55,32 @@ class ImageSource(ABC):
         """How many images of this shard a pass will try to deliver; None where that cannot be known."""
         return None if self.total is None else len(self.shard.indices(self.total))
 
-    def batches(self) -> Generator[Batch, None, None]:
+    @property
+    def repeatable(self) -> bool:
+        """Whether a second pass delivers the images again."""
+        return True
+
+    def batches(
+        self, start: int = 0, delivered: int = 0, skipped: Sequence[Mapping[str, str]] = ()
+    ) -> Generator[Batch, None, None]:
         """The shard's images in the fixed order; closing the iterator early leaves nothing running.
 
         Folders give float32, tensors and loaders keep their precision. One shard of several may have no image, or none
         that can be read: it yields nothing then, and only the whole can tell whether that is wrong.
+
+        Args:
+            start: leave out the images before this place of the whole order. Batches end where they would without it.
+            delivered: how many images an earlier pass has delivered before that place.
+            skipped: which ones it could not read, as in `skipped`.
 
         Raises:
             ImagesError: nothing of a whole source could be delivered, or images do not have the size that the model
                 takes.
         """
         self._started = True
-        self.delivered = 0
-        self.skipped = []
-        with closing(self._batches()) as batches:
+        self.delivered = delivered
+        self.skipped = [dict(entry) for entry in skipped]
+        with closing(self._batches(start)) as batches:
             for batch in batches:
                 self._check(batch.images)
                 self.delivered += len(batch.images)
@@ -76,6 +88,10 @@ class ImageSource(ABC):
         if not self.delivered and self.shard.count == 1:
             reasons = "".join(neutral(f" {entry['path']}: {entry['reason']}.") for entry in self.skipped[:3])
             raise ImagesError(f"The {self.kind} delivered no readable image.{reasons}")
+
+    def skipped_before(self, place: int) -> list[dict[str, str]]:  # noqa: ARG002
+        """Those of `skipped` that stand before this place of the whole order."""
+        return list(self.skipped)
 
     def describe(self) -> dict[str, Any]:
         """Plain data for the provenance: kind, counts, skipped images, order, preprocessing; the shard of several.
@@ -92,7 +108,7 @@ class ImageSource(ABC):
         return description | ({"shard": str(self.shard)} if self.shard.count > 1 else {})
 
     @abstractmethod
-    def _batches(self) -> Generator[Batch, None, None]: ...
+    def _batches(self, start: int) -> Generator[Batch, None, None]: ...
 
     @abstractmethod
     def _order(self) -> str: ...
@@ -114,6 +130,12 @@ class ImageSource(ABC):
                 f"The {self.kind} delivered images of type {images.dtype}; expected floats, normalised as the model "
                 "wants them."
             )
+
+
+def parts(start: int, stop: int, size: int) -> list[list[int]]:
+    """The numbers from start to stop in parts that end at multiples of a size, whatever the start."""
+    firsts = range(start - start % size, stop, size)
+    return [list(range(max(first, start), min(first + size, stop))) for first in firsts]
 
 
 def check_skipped(source: ImageSource, allowed: float = SKIPPED_ALLOWED) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Iterable, Mapping
+from bisect import bisect_left
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from collapse_probe.errors import ImagesError
-from collapse_probe.loading.image_source import Batch, ImageSource
+from collapse_probe.loading.image_source import Batch, ImageSource, parts
 from collapse_probe.shards import WHOLE, Shard
 
 _KEYS = ("pixel_values", "image", "images")
@@ -47,10 +48,10 @@ class TensorImages(ImageSource):
         content = self._images[index].float().cpu().contiguous().numpy().tobytes()
         return hashlib.blake2b(f"{self._seed}:".encode() + content, digest_size=16).digest()
 
-    def _batches(self) -> Generator[Batch, None, None]:
+    def _batches(self, start: int) -> Generator[Batch, None, None]:
         own = self.shard.indices(len(self.indices))
-        for start in range(0, len(own), self._batch_size):
-            index = own[start : start + self._batch_size]
+        for numbers in parts(bisect_left(own, start), len(own), self._batch_size):
+            index = [own[number] for number in numbers]
             yield Batch(self._images[[self.indices[place] for place in index]], torch.tensor(index))
 
     def _order(self) -> str:
@@ -75,8 +76,14 @@ class LoaderImages(ImageSource):
         super().__init__(config, min(limits) if known is not None else None, shard)
         self._loader, self._num_samples = loader, num_samples
 
-    def _batches(self) -> Generator[Batch, None, None]:
-        return self._as_delivered() if self.shard.count == 1 else self._collected()
+    @property
+    def repeatable(self) -> bool:
+        """An iterator has its images once; what makes iterators, such as a DataLoader, can make another."""
+        return not isinstance(self._loader, Iterator)
+
+    def _batches(self, start: int) -> Generator[Batch, None, None]:
+        batches = _later(self._as_delivered(), start)
+        return batches if self.shard.count == 1 else self._collected(batches)
 
     def _as_delivered(self) -> Generator[Batch, None, None]:
         """The loader's batches as they are, of all shards."""
@@ -93,10 +100,10 @@ class LoaderImages(ImageSource):
                 return
             start = end
 
-    def _collected(self) -> Generator[Batch, None, None]:
+    def _collected(self, batches: Iterable[Batch]) -> Generator[Batch, None, None]:
         """This shard's images in batches as large as the loader's largest so far."""
         size, held = 0, None
-        for batch in self._as_delivered():
+        for batch in batches:
             size = max(size, len(batch.index))
             own = [place for place, index in enumerate(batch.index.tolist()) if self.shard.owns(index)]
             if not own:
@@ -116,6 +123,16 @@ class LoaderImages(ImageSource):
 
     def _order(self) -> str:
         return "as delivered"
+
+
+def _later(batches: Iterable[Batch], start: int) -> Generator[Batch, None, None]:
+    """The images from this place on; a loader can only be asked for them by taking those before."""
+    for batch in batches:
+        later = batch.index >= start
+        if later.all():
+            yield batch
+        elif later.any():
+            yield Batch(batch.images[later.to(batch.images.device)], batch.index[later])
 
 
 def _images_of(item: Any) -> Tensor:

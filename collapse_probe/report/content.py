@@ -84,9 +84,19 @@ def headline(analysis: Analysis) -> str:
 
 def extent(analysis: Analysis) -> str:
     """How much was looked at: layers and images."""
+    kind = _section(analysis, "images").get("kind")
+    images = _images(analysis) + (f" ({kind})" if kind else "")
+    return f"{_plural(len(analysis.layers), 'attention layer')} · {images}"
+
+
+def _images(analysis: Analysis) -> str:
+    """How many images, and of how many where the run was interrupted."""
     images = _section(analysis, "images")
-    kind = f" ({images['kind']})" if images.get("kind") else ""
-    return f"{_plural(len(analysis.layers), 'attention layer')} · {_plural(images.get('count', '?'), 'image')}{kind}"
+    count = images.get("count", "?")
+    if analysis.complete:
+        return _plural(count, "image")
+    planned = images.get("planned")
+    return f"partial: {count} of {_plural(planned, 'image')}" if planned else f"partial: {_plural(count, 'image')}"
 
 
 def columns(analysis: Analysis) -> dict[str, str]:

@@ -23,6 +23,7 @@ def render_html(analysis: Analysis | Gallery) -> str:
     return fill(
         "report.html.jinja",
         model=content.model_name(analysis),
+        complete=analysis.complete,
         extent=content.extent(analysis),
         origin=content.origin(analysis),
         warnings=content.warnings(analysis),

@@ -18,10 +18,10 @@ from collapse_probe.cli.bundled import SIDES
 def no_figures(monkeypatch):
     """They take longer than all the rest, and have tests of their own."""
 
-    def write(analysis, folder, progress):  # noqa: ARG001
+    def write(analysis, folder):
         analysis.save(folder)
 
-    monkeypatch.setattr("collapse_probe.cli.results.write", write)
+    monkeypatch.setattr("collapse_probe.cli.results.fill", write)
 
 
 def probe(*words, code=0):
@@ -39,7 +39,7 @@ def files(folder):
 def shown(tmp_path_factory):
     out = tmp_path_factory.mktemp("pair")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("collapse_probe.cli.results.write", lambda analysis, folder, progress: analysis.save(folder))  # noqa: ARG005
+        patch.setattr("collapse_probe.cli.results.fill", lambda analysis, folder: analysis.save(folder))
         return out, probe("--out", out)
 
 

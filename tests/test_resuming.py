@@ -8,6 +8,7 @@ import threading
 
 import numpy as np
 import pytest
+import timm
 import torch
 from _models import perturbed
 from PIL import Image
@@ -540,9 +541,8 @@ def test_right_answers_are_counted_once(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(path)
-    model = perturbed(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=3
-    )
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    model = perturbed(timm.create_model("vit_tiny_patch16_224", **sizes, num_classes=3))
 
     def run(model, **more):
         return cp.analyze(model, tmp_path / "images", batch_size=3, **more)

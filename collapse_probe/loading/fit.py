@@ -24,7 +24,7 @@ _MAX_PREFIX = 5  # a class token and four registers
 
 def fit_weights(
     model: nn.Module, state: Mapping[str, Tensor], what: str, *, keep_head: bool = False, resample: bool = False
-) -> list[str]:
+) -> tuple[list[str], list[str]]:
     """Load ``state`` into ``model`` strictly, in the model's own dtype.
 
     Args:
@@ -35,7 +35,8 @@ def fit_weights(
         resample: another image size was asked for: let timm resize position embeddings.
 
     Returns:
-        Keys whose tensors timm's converter made or changed (empty for a direct match).
+        Keys whose tensors timm's converter made or changed (empty for a direct match); and those of a classifier of
+        another make than the architecture's, such as an MLP, which is left out.
 
     Raises:
         WeightsMismatchError: keys or shapes differ.
@@ -45,7 +46,7 @@ def fit_weights(
     if not resample:
         _check_positions(model, state, what)
     own = model.state_dict()
-    fitted = dict(state)
+    fitted, left_out = dict(state), list[str]()
     if fitted.keys() != own.keys() or (resample and _shapes(fitted) != _shapes(own)):
         fitted = _converted(model, fitted)
         if not resample:
@@ -53,6 +54,8 @@ def fit_weights(
         if not keep_head:
             _size_head(model, fitted, drop_missing=True)
             own = model.state_dict()
+            left_out = _foreign_classifier(model, fitted, own)
+            fitted = {key: tensor for key, tensor in fitted.items() if key not in left_out}
     if _shapes(fitted) != _shapes(own):
         raise WeightsMismatchError(_difference(_shapes(fitted), _shapes(own), what))
     whole = [key for key, tensor in fitted.items() if own[key].is_floating_point() and not tensor.is_floating_point()]
@@ -65,7 +68,8 @@ def fit_weights(
         model.load_state_dict(fitted, strict=True)
     except RuntimeError as error:
         raise WeightsMismatchError(f"The weights of {what} cannot be copied: {error}") from None
-    return sorted(key for key, tensor in fitted.items() if key not in state or state[key].shape != tensor.shape)
+    adapted = sorted(key for key, tensor in fitted.items() if key not in state or state[key].shape != tensor.shape)
+    return adapted, left_out
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -74,8 +78,7 @@ def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 def _size_head(model: nn.Module, state: Mapping[str, Tensor], drop_missing: bool) -> None:
     """Give the model as many classes as the file's classifier has; none where it has no classifier at all."""
-    name = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
-    name = name if isinstance(name, str) else name[0]
+    name = _classifier(model)
     classes = getattr(model, "num_classes", None)
     weight = state.get(f"{name}.weight")
     if weight is None and not drop_missing:
@@ -83,6 +86,19 @@ def _size_head(model: nn.Module, state: Mapping[str, Tensor], drop_missing: bool
     wanted = 0 if weight is None or not weight.ndim else int(weight.shape[0])
     if classes is not None and wanted != classes and hasattr(model, "reset_classifier"):
         cast(Any, model).reset_classifier(wanted)
+
+
+def _classifier(model: nn.Module) -> str:
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
+    return name if isinstance(name, str) else str(name[0])
+
+
+def _foreign_classifier(model: nn.Module, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """Keys under the classifier's name that are not the architecture's, where its own are not in the file."""
+    name = _classifier(model)
+    if f"{name}.weight" in state:
+        return []
+    return [key for key in state if key.startswith(name.partition(".")[0] + ".") and key not in own]
 
 
 def _converted(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

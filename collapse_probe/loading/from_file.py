@@ -74,13 +74,13 @@ def model_from_file(file: Path, wanted: Wanted) -> tuple[nn.Module, dict[str, An
     what = f"{file} ({chosen.name})"
     keep_head = "num_classes" in {**wanted.model_kwargs}
     try:
-        adapted = fit_weights(model, examined.state, what, keep_head=keep_head, resample=wanted.resample)
+        adapted, head = fit_weights(model, examined.state, what, keep_head=keep_head, resample=wanted.resample)
     except WeightsMismatchError as error:
         raise better_fit(error, examined) from None
     facts = {
         **examined.checkpoint.facts,
         "scheme": examined.scheme,
-        "left_out": [*examined.checkpoint.facts["left_out"], *examined.left_out],
+        "left_out": [*examined.checkpoint.facts["left_out"], *examined.left_out, *head],
         "adapted_by_timm": adapted,
         "non_finite": non_finite(model.state_dict()),
     }

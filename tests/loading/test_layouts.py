@@ -216,3 +216,14 @@ def test_strict_as_ever(tmp_path: Path, tiny: Build) -> None:
     state["blocks.0.attn.extra"] = state.pop("blocks.0.attn.proj.bias")
     with pytest.raises(WeightsMismatchError, match=r"1 missing in the file: blocks.0.attn.proj.bias \[48\]; 1 unknown"):
         load_model(_save(tmp_path / "w.pt", state), ARCH, model_kwargs=TINY)
+
+
+def test_a_classifier_of_another_make_is_left_out(tmp_path: Path, tiny: Build, same: Same) -> None:
+    model = tiny(num_classes=0)
+    head = {"head.0.weight": torch.randn(8, 48), "head.0.bias": torch.randn(8), "head.2.weight": torch.randn(3, 8)}
+    loaded = load_model(_save(tmp_path / "w.pt", model.state_dict() | head), ARCH, model_kwargs=TINY)
+    assert same(loaded, model)
+    assert loaded.provenance["weights"]["left_out"] == list(head)
+    odd = tiny().state_dict() | {"head.extra": torch.zeros(2)}  # beside the architecture's own: strict
+    with pytest.raises(WeightsMismatchError, match=r"1 unknown to the model: head.extra"):
+        load_model(_save(tmp_path / "w.pt", odd), ARCH, model_kwargs=TINY)

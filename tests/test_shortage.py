@@ -28,13 +28,20 @@ WINDOWS = (
 CUDA = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.10 GiB."
 MPS = "MPS backend out of memory (MPS allocated: 9.0 GB). Tried to allocate 2.00 GB on private pool."
 
+
+def of_numpy():
+    with pytest.raises(MemoryError, match="Unable to allocate") as caught:
+        np.empty(1 << 60, np.uint8)
+    return caught.value
+
+
 SHORTAGES = {
     "cuda": lambda: torch.OutOfMemoryError(CUDA),
     "cpu": lambda: RuntimeError(CPU),
     "windows": lambda: RuntimeError(WINDOWS),
     "mps": lambda: RuntimeError(MPS),
     "python": MemoryError,
-    "numpy": lambda: np._core._exceptions._ArrayMemoryError((1 << 40,), np.dtype(float)),
+    "numpy": lambda: of_numpy(),
 }
 
 

@@ -46,7 +46,7 @@ ROWS: dict[files.Generator, tuple[str, str]] = {
 def _refused(code: int, words: tuple[str, ...], *arguments: object, out: Path) -> None:
     done = CliRunner().invoke(app, [*map(str, arguments), "--out", str(out)] if out else list(map(str, arguments)))
     assert done.exit_code == code, done.output
-    assert done.stderr.startswith("Error: ")
+    assert done.stderr.lstrip().startswith("Error: ")
     for text in words:
         assert text in done.stderr
     for text in ("Traceback", "weights_only", "add_safe_globals"):

@@ -12,9 +12,9 @@ from collapse_probe.errors import ResourceError
 
 #: How allocators say what they were asked for: CUDA and MPS, then CPUs.
 _ASKED = (
-    re.compile(r"[Tt]ried to allocate ([0-9.]+ [KMGT]i?B)"),
+    re.compile(r"[Tt]ried to allocate ([0-9.]+ [KMGTPE]i?B)"),
     re.compile(r"tried to allocate ([0-9]+) bytes"),
-    re.compile(r"Unable to allocate ([0-9.]+ [KMGT]i?B)"),
+    re.compile(r"Unable to allocate ([0-9.]+ [KMGTPE]i?B)"),
 )
 
 

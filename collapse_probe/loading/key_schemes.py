@@ -2,8 +2,9 @@
 
 Covered: torchvision's ViT; Hugging Face's ViT, DeiT, ViTMAE, DINOv2 (with registers, SwiGLU), BEiT, CLIP's and SigLIP's
 vision towers, in the names of transformers 5 and of the releases before; the original ViT in JAX (arXiv 2010.11929,
-google-research/vision_transformer, and big_vision's names). The original releases of DINO, DINOv2, MAE, DeiT, BEiT and
-CLIP are rewritten by timm's own converters (:mod:`collapse_probe.loading.fit`).
+google-research/vision_transformer, and big_vision's names); what pre-training leaves beside an encoder in timm's names
+(the mask tokens and decoders of MAE and DINOv2, whose registers and gated MLPs have names of their own). The original
+releases of BEiT and CLIP are rewritten by timm's own converters (:mod:`collapse_probe.loading.fit`).
 
 timm keeps queries, keys and values in one matrix, `qkv`, and PyTorch keeps matrices as [out, in], JAX as [in, out].
 Activations and the epsilon of norms do not show in weights: those of the timm model that is built count.
@@ -41,7 +42,7 @@ class Converted:
 
 def to_timm(state: Mapping[str, Tensor]) -> Converted:
     """Rewrite a state dict to timm's keys, if its names are of a library that is known."""
-    for convert in (_torchvision, _hugging_face, _jax):
+    for convert in (_torchvision, _hugging_face, _jax, _pretrained):
         found = convert(state)
         if found is not None:
             return found
@@ -82,6 +83,30 @@ def _torchvision(state: Mapping[str, Tensor]) -> Converted | None:
     if "conv_proj.weight" not in state or "encoder.pos_embedding" not in state:
         return None
     return Converted("torchvision ViT", *_renamed(state, _TORCHVISION))
+
+
+# -- pre-training in timm's names --------------------------------------------------------------------------------------
+
+_BESIDE = re.compile(r"mask_token|decoder_\w+(\.|$)")
+_CHUNK = r"blocks\.\d+\.(\d+\..*)"  # DINOv2's blocks lie in chunks
+_PRETRAINED = {
+    r"register_tokens": "reg_token",
+    r"blocks\.(\d+)\.mlp\.w12\.(weight|bias)": r"blocks.\1.mlp.fc1.\2",
+    r"blocks\.(\d+)\.mlp\.w3\.(weight|bias)": r"blocks.\1.mlp.fc2.\2",
+    r"(.*)": r"\1",
+}
+
+
+def _pretrained(state: Mapping[str, Tensor]) -> Converted | None:
+    """Encoders of MAE and DINOv2 in their own releases, with what they were trained beside."""
+    left_out = [key for key in state if _BESIDE.match(key)]
+    if not left_out or not any(re.match(r"blocks\.[\d.]+\.attn\.qkv\.weight", key) for key in state):
+        return None
+    inside = {key: tensor for key, tensor in state.items() if key not in left_out}
+    renamed, _ = _renamed(_renamed(inside, {_CHUNK: r"blocks.\1", r"(.*)": r"\1"})[0], _PRETRAINED)
+    if "reg_token" in renamed:
+        renamed = _tokens_shaped(renamed)
+    return Converted("pre-training in timm's names", renamed, left_out)
 
 
 # -- Hugging Face ------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,8 +108,14 @@ def _proposals(
     yield [(name, _sizes(name, anatomy)) for name, entry in entries if entry.loose == own.loose]
     if anatomy is not None:
         yield _as_vit(shapes, anatomy)
-    near = [(abs(entry.numbers / max(own.numbers, 1) - 1), name) for name, entry in entries]
+    numbers = signature(_visual(shapes)).numbers
+    near = [(abs(entry.numbers / max(numbers, 1) - 1), name) for name, entry in entries]
     yield [(name, {}) for distance, name in sorted(near)[:_MOST_TRIALS] if distance < _NEAR]
+
+
+def _visual(shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:
+    """Of a model of images and text in CLIP's names, the part that sees the images."""
+    return {key: shape for key, shape in shapes.items() if re.match(r"(module\.)?visual\.", key)} or shapes
 
 
 def _sizes(name: str, anatomy: Anatomy | None) -> dict[str, Any]:

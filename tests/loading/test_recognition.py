@@ -191,3 +191,105 @@ def test_round_trip_of_files(tmp_path: Path, name: str) -> None:
     images = torch.randn(1, *model.pretrained_cfg["input_size"])
     with torch.inference_mode():
         assert torch.equal(loaded(images), model(images))
+
+
+# -- original releases, whose key names timm's converters know --------------------------------------------------------
+
+
+def _openai_clip(width: int, depth: int, patch: int, side: int, text: int = 512) -> dict[str, torch.Tensor]:
+    """Names and shapes as OpenAI's CLIP saves them, text tower included."""
+
+    def tower(start: str, width: int, depth: int) -> dict[str, tuple[int, ...]]:
+        return {
+            f"{start}.resblocks.{block}.{key}": shape
+            for block in range(depth)
+            for key, shape in {
+                "attn.in_proj_weight": (3 * width, width), "attn.in_proj_bias": (3 * width,),
+                "attn.out_proj.weight": (width, width), "attn.out_proj.bias": (width,),
+                "ln_1.weight": (width,), "ln_1.bias": (width,), "ln_2.weight": (width,), "ln_2.bias": (width,),
+                "mlp.c_fc.weight": (4 * width, width), "mlp.c_fc.bias": (4 * width,),
+                "mlp.c_proj.weight": (width, 4 * width), "mlp.c_proj.bias": (width,),
+            }.items()
+        }  # fmt: skip
+
+    shapes = {
+        "visual.class_embedding": (width,), "visual.positional_embedding": (side**2 + 1, width),
+        "visual.proj": (width, text), "visual.conv1.weight": (width, 3, patch, patch),
+        "visual.ln_pre.weight": (width,), "visual.ln_pre.bias": (width,), "visual.ln_post.weight": (width,),
+        "visual.ln_post.bias": (width,), **tower("visual.transformer", width, depth),
+        "positional_embedding": (77, text), "text_projection": (text, text), "logit_scale": (),
+        "token_embedding.weight": (49408, text), "ln_final.weight": (text,), "ln_final.bias": (text,),
+        **tower("transformer", text, 12),
+    }  # fmt: skip
+    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+
+
+CLIPS = {"vit_base_patch32_clip_224": (768, 12, 32, 7), "vit_large_patch14_clip_336": (1024, 24, 14, 24, 768)}
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_openai_clip(name: str) -> None:
+    """Both networks of that size: whether its GELU is the quick one does not show in weights."""
+    found = recognise_architecture(_openai_clip(*CLIPS[name]))
+    assert {item.name for item in found.candidates} == {name, name.replace("clip_", "clip_quickgelu_")}
+
+
+def test_original_dinov2_with_registers() -> None:
+    from collapse_probe.loading.key_schemes import to_timm
+
+    state = dict(on_meta("vit_small_patch14_reg4_dinov2").state_dict())
+    original = {
+        **{key: tensor for key, tensor in state.items() if key != "reg_token"},
+        "register_tokens": state["reg_token"],
+        "pos_embed": torch.empty(1, 1370, 384, device="meta"),
+        "mask_token": torch.empty(1, 384, device="meta"),
+    }
+    converted = to_timm(original)
+    assert converted.left_out == ["mask_token"]
+    assert [item.name for item in recognise_architecture(converted.state).candidates] == [
+        "vit_small_patch14_reg4_dinov2"
+    ]
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_dinov2_in_chunks_against_timms_converter(swiglu: bool) -> None:
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    from collapse_probe.loading.key_schemes import to_timm
+
+    base = "vit_giant_patch14_reg4_dinov2" if swiglu else "vit_small_patch14_reg4_dinov2"
+    model = _random(base, img_size=28, embed_dim=48, depth=4, num_heads=3)
+    own = model.state_dict()
+    original = {
+        key.replace("fc1", "w12").replace("fc2", "w3") if swiglu else key: tensor
+        for key, tensor in own.items()
+        if key not in ("reg_token", "pos_embed")
+    }
+    original |= {
+        "register_tokens": own["reg_token"],
+        "mask_token": torch.randn(1, 48),
+        "pos_embed": torch.randn(1, 5, 48),
+    }
+    expected = checkpoint_filter_fn(dict(original), model)
+    chunked = {_chunked(key): tensor for key, tensor in original.items()}
+    for names in (original, chunked):
+        converted = to_timm(names)
+        assert converted.state.keys() == expected.keys() == own.keys()
+        assert all(torch.equal(converted.state[key], expected[key].reshape(own[key].shape)) for key in own)
+
+
+def _chunked(key: str) -> str:
+    start, _, rest = key.partition(".")
+    return key if start != "blocks" else f"blocks.{int(rest.partition('.')[0]) // 2}.{rest}"
+
+
+def test_original_mae() -> None:
+    from collapse_probe.loading.key_schemes import to_timm
+
+    encoder = on_meta("vit_base_patch16_224", num_classes=0).state_dict()
+    names = ("decoder_pos_embed", "decoder_embed.weight", "decoder_blocks.0.attn.qkv.weight", "decoder_pred.bias")
+    decoder = {key: torch.empty(3, 3, device="meta") for key in names}
+    converted = to_timm({**encoder, **decoder, "mask_token": torch.empty(1, 1, 512, device="meta")})
+    assert set(converted.left_out) == {*decoder, "mask_token"}
+    (found,) = recognise_architecture(converted.state).candidates
+    assert (found.name, found.same) == ("vit_base_patch16_224", ["deit_base_patch16_224"])

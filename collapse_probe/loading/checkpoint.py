@@ -24,7 +24,10 @@ from collapse_probe.loading.prefixes import cut_prefixes
 from collapse_probe.loading.readers import read, shards
 
 #: Where weights lie in a checkpoint, in the order of preference; of a self-distilled pair the teacher is evaluated.
-WRAPPERS = ("state_dict", "model", "module", "teacher", "net", "backbone", "encoder", "student")
+WRAPPERS = (
+    "state_dict", "model", "module", "teacher", "net", "backbone", "encoder", "checkpoint", "weights", "params",
+    "student",
+)  # fmt: skip
 EMA_WRAPPERS = ("state_dict_ema", "model_ema", "ema", "ema_state_dict")
 # timm's create_model would fetch or open other files on behalf of these.
 _RESERVED = ("pretrained", "checkpoint_path", "cache_dir")

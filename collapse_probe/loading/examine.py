@@ -70,7 +70,7 @@ class Examined:
         says = f"names the architecture {named!r}, which timm does not know," if named else "names no architecture,"
         raise UnknownModelError(
             f"{file} {says} and its weights fit none that is known{_seen(self.recognition)}. "
-            f"Pass --model (arch=) and --model-kwargs.{_nearest(self.recognition)}"
+            f"Pass --model (arch=) and --model-kwargs.{_nearest(self.recognition)} {self.recognition.mismatch}".rstrip()
         )
 
 

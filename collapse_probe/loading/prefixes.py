@@ -13,6 +13,7 @@ PREFIXES = (
 )  # fmt: skip
 
 # What only the part of a model that sees the image has in its keys.
+_TIMM_STEM = "patch_embed.proj.weight"
 _STEM = ("patch_embed", "patch_embedding", "conv_proj", "conv1.", "stem.", "class_embedding", "embedding.")
 
 
@@ -20,13 +21,14 @@ def cut_prefixes(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor], l
     """Remove known prefixes, one after the other.
 
     A prefix is cut where all keys have it, or where the keys that have it hold a vision model, patch embedding and
-    attention, and the others (projection heads, a student beside a teacher) do not hold the attention of the same.
+    attention, and the others (projection heads, a student beside a teacher) do not hold the attention of the same. Any
+    other prefix is cut where it leads to the only patch embedding of timm's name.
 
     Returns:
         what was cut, the state dict without it, and the keys that were left out.
     """
     current, cut, left_out = dict(state), "", list[str]()
-    while prefix := next((item for item in PREFIXES if _leads(item, current)), ""):
+    while prefix := next((item for item in PREFIXES if _leads(item, current)), "") or _unknown(current):
         left_out += [cut + key for key in current if not key.startswith(prefix)]
         current = {key.removeprefix(prefix): value for key, value in current.items() if key.startswith(prefix)}
         cut += prefix
@@ -45,6 +47,11 @@ def _leads(prefix: str, state: Mapping[str, Tensor]) -> bool:
         # A second model of the same kind may lie beside it, under a prefix that comes later in the list.
         and others <= set(PREFIXES[PREFIXES.index(prefix) + 1 :])
     )
+
+
+def _unknown(state: Mapping[str, Tensor]) -> str:
+    found = [key.removesuffix(_TIMM_STEM) for key in state if key.endswith(_TIMM_STEM)]
+    return found[0] if len(found) == 1 else ""
 
 
 def _attends(key: str) -> bool:

@@ -19,7 +19,7 @@ import torch
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
-from collapse_probe.errors import CollapseProbeError
+from collapse_probe.errors import CollapseProbeError, WeightsMismatchError
 from collapse_probe.loading.anatomy import Anatomy, describe, heads_of, heads_shown
 from collapse_probe.loading.fit import fit_weights
 from collapse_probe.loading.signatures import on_meta, registered, shapes_of, signature
@@ -65,11 +65,13 @@ class Recognition:
         candidates: networks that take the weights and differ in what they compute; exactly one where it is clear.
         anatomy: what keys and shapes tell, or None.
         nearest: names of architectures that are like it, where there is no candidate.
+        mismatch: what does not fit the likeliest of them.
     """
 
     candidates: list[Candidate]
     anatomy: Anatomy | None
     nearest: list[str] = field(default_factory=list)
+    mismatch: str = ""
 
 
 def recognise_architecture(
@@ -95,7 +97,11 @@ def recognise_architecture(
         ]
         if found:
             break
-    return Recognition(_distinct(found, anatomy), anatomy, [] if found else _nearest(shapes))
+    if found:
+        return Recognition(_distinct(found, anatomy), anatomy)
+    nearest = _nearest(shapes)
+    likely = [*(_as_vit(shapes, anatomy) if anatomy is not None else ()), *((name, {}) for name in nearest[:1])]
+    return Recognition([], anatomy, nearest, _mismatch(likely[0], empty) if likely else "")
 
 
 def _proposals(
@@ -191,6 +197,19 @@ def _tried(
     ):
         return None  # arguments that it does not take, or weights that do not fit
     return None if origin == "contradicted" else Candidate(name, arguments, _function(model), heads, origin)
+
+
+def _mismatch(proposal: tuple[str, dict[str, Any]], state: Mapping[str, Tensor]) -> str:
+    """What of the weights does not fit an architecture, in words."""
+    name, arguments = proposal
+    try:
+        with torch.device("meta"):
+            fit_weights(on_meta(name, **arguments), state, name)
+    except WeightsMismatchError as error:
+        return str(error)
+    except Exception:  # arguments that it does not take
+        return ""
+    return ""
 
 
 def _heads(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[int | None, str]:

@@ -49,6 +49,7 @@ def pair(tiny: Build) -> tuple[nn.Module, nn.Module]:
         (lambda state, _: {"net": state, "optimizer": {"lr": 0.1}}, "net"),
         (lambda state, _: {**state, "epoch": 3, "name": "mine", "loss": None}, None),
         (lambda state, other: {"ema": other, "model": state}, "model"),
+        (lambda state, _: {"checkpoint": {"weights": state}}, "checkpoint.weights"),
     ],
 )
 def test_wrappers(
@@ -78,7 +79,10 @@ def test_a_key_chooses_among_weights(tmp_path: Path, pair: tuple[nn.Module, nn.M
         load_model(ARCH, key="teacher", pretrained=False)
 
 
-@pytest.mark.parametrize("prefix", ["backbone.", "encoder.", "net.", "module.backbone.", "model.net._orig_mod."])
+@pytest.mark.parametrize(
+    "prefix",
+    ["backbone.", "encoder.", "net.", "module.backbone.", "model.net._orig_mod.", "vit.", "my.feature_extractor."],
+)
 def test_prefixes(tmp_path: Path, tiny: Build, same: Same, prefix: str) -> None:
     model = tiny()
     loaded = load_model(_save(tmp_path / "w.pt", _prefixed(model.state_dict(), prefix)), ARCH, model_kwargs=TINY)

@@ -20,6 +20,7 @@ from collapse_probe.words import neutral
 
 _PATCH = "patch_embed.proj.weight"
 _MAX_PREFIX = 5  # a class token and four registers
+_LONGEST_KEY = 200
 
 
 def fit_weights(
@@ -167,7 +168,7 @@ def _difference(theirs: Mapping[str, tuple[int, ...]], ours: Mapping[str, tuple[
         if key in theirs and theirs[key] != shape
     ]
     parts = [
-        f"{len(keys)} {title}: {', '.join(keys[:4])}{', …' if len(keys) > 4 else ''}"
+        f"{len(keys)} {title}: {', '.join(_short(key) for key in keys[:4])}{', …' if len(keys) > 4 else ''}"
         for title, keys in (
             ("missing in the file", missing),
             ("unknown to the model", unexpected),
@@ -179,3 +180,7 @@ def _difference(theirs: Mapping[str, tuple[int, ...]], ours: Mapping[str, tuple[
         f"The weights do not fit: {what}. Keys {neutral('; '.join(parts))}. Check the architecture (--model, arch=) "
         "and its arguments (--model-kwargs, model_kwargs=)."
     )
+
+
+def _short(words: str) -> str:
+    return words if len(words) <= _LONGEST_KEY else f"{words[:_LONGEST_KEY]}…"

@@ -231,3 +231,10 @@ def test_a_classifier_of_another_make_is_left_out(tmp_path: Path, tiny: Build, s
     odd = tiny().state_dict() | {"head.extra": torch.zeros(2)}  # beside the architecture's own: strict
     with pytest.raises(WeightsMismatchError, match=r"1 unknown to the model: head.extra"):
         load_model(_save(tmp_path / "w.pt", odd), ARCH, model_kwargs=TINY)
+
+
+def test_a_key_of_any_length_leaves_the_message_readable(tmp_path: Path, tiny: Build) -> None:
+    path = _save(tmp_path / "w.pt", {**tiny().state_dict(), "x" * 100_000: torch.zeros(2)})
+    with pytest.raises(WeightsMismatchError) as caught:
+        load_model(path, ARCH, model_kwargs=TINY)
+    assert len(str(caught.value)) < 2000

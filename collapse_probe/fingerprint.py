@@ -13,10 +13,21 @@ from collapse_probe.loading import ImageSource
 from collapse_probe.loading.folder import FolderImages
 from collapse_probe.loading.tensors import TensorImages
 
+#: Attributes of layers that change what they compute; others may be counters that change while a model runs.
+_TELLING = (
+    "num_heads", "heads", "head_dim", "dim_head", "scale", "temperature", "eps", "approximate", "window_size",
+    "shift_size", "kernel_size", "stride", "padding", "dilation", "groups", "num_prefix_tokens",
+)  # fmt: skip
+_PLAIN = (bool, int, float, str, tuple)
+
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """A digest of all parameters and buffers, by name, type, shape and value."""
+    """A digest of all parameters and buffers, by name, type, shape and value, and of what weights do not show: the
+    classes of its layers, and numbers such as heads and scales."""
     digest = hashlib.blake2b(digest_size=16)
+    for path, module in model.named_modules():
+        plain = [(key, str(getattr(module, key))) for key in _TELLING if isinstance(vars(module).get(key), _PLAIN)]
+        digest.update(f"{path} {type(module).__qualname__} {plain}".encode("utf-8", "surrogateescape"))
     for name, value in sorted(model.state_dict().items()):
         if isinstance(value, Tensor):  # a module may keep other things there
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

@@ -20,6 +20,8 @@ SAVE_EVERY, SHARE = 60.0, 0.02
 _OURS = ("shard.json", "sums*.npz", "analysis.json", "arrays.npz", "layers.csv", "similarity.csv", ".shard.json.*",
          ".sums*.npz.*")  # fmt: skip
 
+_TABLES = ("arrays.npz", "layers.csv", "similarity.csv")
+
 _RANK = re.compile("rank-([0-9]+)-of-([0-9]+)")
 
 
@@ -162,15 +164,27 @@ class Keeper:
 
 def _check_own(folder: Path) -> None:
     """Raises UsageError where a folder holds results, which would be removed with what a run has left."""
-    results = False
-    with suppress(DamagedFileError):  # nothing is there, or nothing of use
-        results = Analysis.load(folder).complete
-    with suppress(DamagedFileError):
-        results = results or not Partial.load_header(folder).state
-    if results:
+    ours = any((folder / name).exists() for name in ("shard.json", "analysis.json"))
+    strange = not ours and any((folder / name).exists() for name in _TABLES)
+    if strange or _complete(folder) or _finished(folder):
         raise UsageError(
             f"{folder} holds results. Keep the state of a run in a folder of its own: {folder / 'partial'}"
         )
+
+
+def _complete(folder: Path) -> bool:
+    """Whether an analysis lies there that is not one of part of the images, or that cannot be read."""
+    if not (folder / "analysis.json").exists():
+        return False
+    with suppress(DamagedFileError):
+        return Analysis.load(folder).complete
+    return True
+
+
+def _finished(folder: Path) -> bool:
+    with suppress(DamagedFileError):
+        return not Partial.load_header(folder).state
+    return False
 
 
 def _clear(folder: Path) -> None:

@@ -33,5 +33,5 @@ def undisturbed() -> Iterator[None]:
     finally:
         for number, how in deferred.items():
             signal.signal(number, how)
-    if came:
-        signal.raise_signal(came[0])
+        if came:  # also where the block failed
+            signal.raise_signal(came[0])

@@ -167,7 +167,8 @@ class Run:
             StartOver: memory ran out while sums were added to.
         """
         announced = False
-        for batch in batches if not self.done else ():
+        # A run may have been cut after its last batch, before it was asked whether that was enough.
+        for batch in batches if not (self.done or self._precise_enough()) else ():
             self._measure(model, batch)
             if self.progress is not None and self.images:
                 if not announced:

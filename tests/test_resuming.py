@@ -19,6 +19,7 @@ import collapse_probe as cp
 from collapse_probe import partial as partial_module
 from collapse_probe import resuming
 from collapse_probe.errors import CaptureError, DamagedFileError, OutputError, UsageError
+from collapse_probe.measured import MeasuredGroup
 from collapse_probe.partial import Partial, _digest
 from collapse_probe.resuming import Keeper
 from collapse_probe.signals import undisturbed
@@ -552,3 +553,60 @@ def test_right_answers_are_counted_once(tmp_path):
     for call in range(1, calls_of(run, model) + 1):
         resumed, _ = cut_and_resumed(run, model, tmp_path / str(call), call)
         assert resumed.provenance["top1"] == whole.provenance["top1"]
+
+
+def test_what_weights_do_not_show_is_another_run(tmp_path):
+    """Heads and scales: the same tensors, and other attention."""
+    for change in ("num_heads", "scale"):
+        model = vit()
+        folder = tmp_path / change
+        with CutAt(model, 4), pytest.raises(KeyboardInterrupt):
+            cp.analyze(model, IMAGES, batch_size=8, partial=folder)
+        attention = next(module for module in model.modules() if hasattr(module, change))
+        setattr(attention, change, getattr(attention, change) * 2)
+        with pytest.raises(UsageError, match="weights"):
+            cp.analyze(model, IMAGES, batch_size=8, partial=folder, resume=True)
+
+
+def test_an_interruption_survives_an_error_of_the_block():
+    def fails():
+        with undisturbed():
+            signal.raise_signal(signal.SIGINT)
+            raise MemoryError
+
+    with pytest.raises(KeyboardInterrupt):
+        fails()
+
+
+def test_files_of_others_are_not_removed(tmp_path):
+    (tmp_path / "layers.csv").write_text("mine")
+    with pytest.raises(UsageError, match="holds results"):
+        cp.analyze(vit(), IMAGES, partial=tmp_path)
+    newer = tmp_path / "newer"
+    cp.analyze(vit(), IMAGES[:8]).save(newer)
+    content = json.loads((newer / "analysis.json").read_text())
+    (newer / "analysis.json").write_text(json.dumps({**content, "schema_version": 99}))
+    with pytest.raises(UsageError, match="holds results"):
+        cp.analyze(vit(), IMAGES, partial=newer)
+    assert (tmp_path / "layers.csv").read_text() == "mine"
+    assert len(names(newer)) == 4
+
+
+def test_a_run_that_was_precise_enough_when_it_was_cut(tmp_path, monkeypatch):
+    """Cut after a batch was added, before it was asked whether that was enough."""
+    model, options = vit(), {"until_se": 0.5, "batch_size": 8}
+    whole = cp.analyze(model, IMAGES, **options)
+    assert whole.provenance["images"]["count"] == 16
+    feed = MeasuredGroup.feed
+
+    def interrupted(self, layers, index, tile_bytes):
+        feed(self, layers, index, tile_bytes)
+        if int(index[-1]) == 15:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(MeasuredGroup, "feed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cp.analyze(model, IMAGES, **options, partial=tmp_path)
+    monkeypatch.undo()
+    resumed = cp.analyze(model, IMAGES, **options, partial=tmp_path, resume=True)
+    assert_same(whole, resumed, atol=1e-12)

@@ -185,7 +185,10 @@ def analyze(
         with ranks() as team, one_voice(team):
             source, arch, weights = _sources(model, architecture, checkpoint)
             part = _part(shard, out, force, team.size)
-            keeper = _keeper(out, resume, command)
+            _check_apart(images, out)
+            keeper = _keeper(
+                out, resume, command if team.size == 1 else f"torchrun with {team.size} processes: {command}"
+            )
             arguments: dict[str, Any] = {
                 "arch": arch, "checkpoint": weights, "pretrained": pretrained, "use_ema": use_ema,
                 "key": key, "num_heads": num_heads, "allow_bad_weights": allow_bad_weights,
@@ -220,6 +223,16 @@ def analyze(
             keeper.discard()
     if part is None:
         show(analysis, out)
+
+
+def _check_apart(images: str | None, out: str | None) -> None:
+    """Figures written among the images would be analysed the next time."""
+    if images is None or out is None:
+        return
+    with contextlib.suppress(OSError):
+        root, target = Path(images).resolve(), Path(out).resolve()
+        if target == root or root in target.parents:
+            raise UsageError(f"--out {out} lies in the folder of images, whose pictures it would join. Choose another.")
 
 
 def _alone(part: Shard | None, processes: int, resume: bool) -> None:
@@ -274,6 +287,10 @@ def _measure_shard(
     if not force:
         with contextlib.suppress(DamagedFileError):  # nothing there, or nothing of use
             finished = Partial.load(folder)
+        if finished is not None and not finished.state and finished.shard != part:
+            raise UsageError(
+                f"{folder} holds shard {finished.shard}. Give shard {part} a folder of its own, or --force."
+            )
     partial = measure(model, images, shard=part, finished=finished, **arguments)
     if partial is finished:
         arguments["progress"].note(

@@ -31,6 +31,8 @@ _NOT_DECODED = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}
 # Resizing the shorter side of a sliver to 224 pixels would make the longer one enormous.
 _MAX_ASPECT = 100
 _LONGEST_REASON = 200
+# TIFF 6.0, section 8: BitsPerSample, PhotometricInterpretation.
+_BITS, _PHOTOMETRIC = 258, 262
 
 
 def image_formats() -> list[str]:
@@ -71,6 +73,7 @@ def _decoded(path: Path, channels: int) -> Image.Image:
             _check_shape(image.size)
             image.load()
             _check_shape(image.size)  # icons say only now how large they are
+            _check_scaled(image)
             return _flatten(ImageOps.exif_transpose(image)).convert("L" if channels == 1 else "RGB")
 
 
@@ -105,6 +108,13 @@ def _size(path: Path) -> int | None:
         return path.stat().st_size
     except OSError:
         return None
+
+
+def _check_scaled(image: Image.Image) -> None:
+    """Of TIFFs with more than 8 bits, Pillow hands out the numbers as they are, whatever they mean."""
+    tags = getattr(image, "tag_v2", {})
+    if image.mode.startswith("I;16") and (tags.get(_BITS, (16,))[0] != 16 or tags.get(_PHOTOMETRIC, 1) == 0):
+        raise ImageFileError("a TIFF of other than 16 bits, or with white as zero, which Pillow does not scale")
 
 
 def _flatten(image: Image.Image) -> Image.Image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import stat
 from bisect import bisect_left
 from collections.abc import Generator, Iterator, Mapping
@@ -87,7 +88,10 @@ class FolderImages(ImageSource):
     def _batches(self, start: int) -> Generator[Batch, None, None]:
         own = self.shard.indices(len(self.paths))
         numbers = parts(bisect_left(own, start), len(own), self._batch_size)
-        loader = DataLoader(self.dataset(), batch_sampler=numbers, num_workers=self._workers, collate_fn=_readable_only)
+        loader = DataLoader(
+            self.dataset(), batch_sampler=numbers, num_workers=self._workers, collate_fn=_readable_only,
+            worker_init_fn=_outlive,
+        )  # fmt: skip
         # When this generator is closed the loader's iterator goes with it, and that ends its workers.
         for images, index, skipped in loader:
             self.skipped.extend(skipped)
@@ -96,6 +100,11 @@ class FolderImages(ImageSource):
 
     def _order(self) -> str:
         return f"blake2b of seed ({self._seed}) and relative path"
+
+
+def _outlive(_worker: int) -> None:
+    """A SIGTERM to a group of processes is for the main one to answer: it saves what it has and ends its workers."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class DecodedImage(NamedTuple):

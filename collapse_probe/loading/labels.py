@@ -89,6 +89,14 @@ def _by_folder(source: FolderImages, classes: int) -> Labels | None:
     return Labels(np.array(index, dtype=np.int64), classes, words)
 
 
+def _naturally(folders: Sequence[str]) -> list[str] | None:
+    """timm's order; None where it has none."""
+    try:
+        return sorted(folders, key=natural_key)
+    except (ValueError, TypeError):  # digits that are no numbers, such as ²
+        return None
+
+
 def _numbered(folders: Sequence[str], classes: int) -> tuple[dict[str, int], str] | None:
     """The class of each folder, and how it is known."""
     if not folders or "" in folders or len(folders) > classes or {name.lower() for name in folders} & _SPLITS:
@@ -97,8 +105,8 @@ def _numbered(folders: Sequence[str], classes: int) -> tuple[dict[str, int], str
     if numeric and len(set(map(int, folders))) < len(folders):
         return None  # such as 1 and 01
     if len(folders) == classes:
-        ordered = sorted(folders, key=int) if numeric else sorted(folders)
-        if not numeric and ordered != sorted(folders, key=natural_key):
+        ordered = sorted(folders)
+        if ordered != _naturally(folders):
             return None  # torchvision and timm number these differently
         return {name: number for number, name in enumerate(ordered)}, f"{classes} class folders in sorted order"
     if numeric and max(map(int, folders)) < classes:

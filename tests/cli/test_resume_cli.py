@@ -108,14 +108,18 @@ def files(folder):
 
 @pytest.mark.parametrize(
     ("number", "code", "ended", "more"),
-    [(signal.SIGINT, 130, "Interrupted.", ["-j", 2]), (signal.SIGTERM, 143, "Terminated.", ["--shard", "1/1", "-q"])],
-    ids=["ctrl-c", "sigterm"],
+    [
+        (signal.SIGINT, 130, "Interrupted.", ["-j", 2]),
+        (signal.SIGTERM, 143, "Terminated.", ["--shard", "1/1", "-q"]),
+        (signal.SIGTERM, 143, "Terminated.", ["-j", 2]),
+    ],
+    ids=["ctrl-c", "sigterm", "sigterm to workers, too"],
 )
 def test_interrupted_and_resumed(place, tmp_path, number, code, ended, more):
     out = tmp_path / "run"
     process = started(place, out, *more, pause=0.2)
     wait_for(place, process)
-    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    (os.killpg if "-j" in more else os.kill)(process.pid, number)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == code, stderr
     assert stdout == ""

@@ -307,3 +307,17 @@ def test_interrupted_under_torchrun_while_one_waits_for_the_other(tmp_path):
     assert "Internal error" not in err
     assert "/collapse_probe/" not in err  # no traceback of ours
     assert out == ""
+
+
+def test_shards_and_results_keep_apart(tmp_path):
+    """A shard never takes another one's place, and results never join the images."""
+    words = ["analyze", MODEL, "--num-samples", "16", "-q"]
+    first = CliRunner().invoke(app, [*words, "--shard", "1/2", "--out", str(tmp_path / "one")])
+    assert first.exit_code == 0, first.output
+    done = CliRunner().invoke(app, [*words, "--shard", "2/2", "--out", str(tmp_path / "one")])
+    assert done.exit_code == 2
+    assert "holds shard 1/2. Give shard 2/2 a folder of its own, or --force" in done.stderr
+    for out in (tmp_path, tmp_path / "run"):
+        done = CliRunner().invoke(app, [*words, "--images", str(tmp_path), "--out", str(out)])
+        assert done.exit_code == 2
+        assert "lies in the folder of images" in done.stderr

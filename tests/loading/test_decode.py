@@ -379,3 +379,17 @@ def test_thousands_of_mutated_files_are_read_or_refused(mutant: Path, kind: str)
         _survives(mutant, kind, data)
 
     check()
+
+
+def test_tiff_of_16_bits_that_are_not_scaled(tmp_path: Path) -> None:
+    """White as zero, and 12 bits: Pillow hands both out as they are."""
+    path = tmp_path / "grey.tif"
+    Image.fromarray(np.full((4, 4), 4095, np.uint16)).save(path)
+    assert decode(path).getpixel((0, 0)) == (16, 16, 16)
+    whole = path.read_bytes()
+    for tag, value in ((262, 0), (258, 12)):  # a short: tag, type 3, count 1, value
+        entry = tag.to_bytes(2, "little") + (3).to_bytes(2, "little") + (1).to_bytes(4, "little")
+        at = whole.index(entry) + len(entry)
+        path.write_bytes(whole[:at] + value.to_bytes(2, "little") + whole[at + 2 :])
+        with pytest.raises(ImageFileError, match="a TIFF of other than 16 bits, or with white as zero"):
+            decode(path)

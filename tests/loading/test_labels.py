@@ -116,9 +116,17 @@ def test_all_folders_count_whichever_files_are_drawn(tmp_path: Path) -> None:
     assert len(drawn) == 3
 
 
-def test_numbers_are_sorted_as_numbers(tmp_path: Path) -> None:
-    _folder(tmp_path, *(f"{number}/a.png" for number in range(1, 13)))
-    assert _by_path(tmp_path, 12) == {f"{number}/a.png": number - 1 for number in range(1, 13)}
+def test_numbers_that_sort_in_two_ways_are_no_labels(tmp_path: Path) -> None:
+    """torchvision's order is 1, 10, 11, 12, 2…, timm's 1, 2, 3…"""
+    _folder(tmp_path / "plain", *(f"{number}/a.png" for number in range(1, 13)))
+    assert _labels(tmp_path / "plain", 12) is None
+    _folder(tmp_path / "padded", *(f"{number:02}/a.png" for number in range(1, 13)))
+    assert _by_path(tmp_path / "padded", 12) == {f"{number:02}/a.png": number - 1 for number in range(1, 13)}
+
+
+def test_digits_that_are_no_numbers(tmp_path: Path) -> None:
+    _folder(tmp_path, "a/a.png", "b/b.png", "²/c.png")
+    assert _labels(tmp_path, 3) is None
 
 
 def test_fewer_folders_than_classes_are_indices_if_all_are_numbers(tmp_path: Path) -> None:

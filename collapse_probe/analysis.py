@@ -204,6 +204,8 @@ img_size, mean, std, crop_pct, interpolation, partial, resume, progress, setting
         CollapseProbeError: as :func:`analyze`.
     """
     layers = settings.pop("layers", ())
+    if not isinstance(layers, Iterable):
+        raise UsageError(f"layers must be patterns of names; got {layers!r}.")
     options = Options(
         **settings,
         layers=(layers,) if isinstance(layers, str) else tuple(layers),

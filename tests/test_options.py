@@ -121,3 +121,15 @@ def test_the_ends_of_every_range_are_inside():
 
 def test_the_largest_seed_is_of_use():
     assert cp.measure("digits_vit_24b", seed=2**63 - 1, num_samples=8, metrics="attention_entropy").images == 8
+
+
+@pytest.mark.parametrize("value", [5, None, 1.5])
+def test_layers_that_are_no_patterns(value):
+    with pytest.raises(UsageError, match="layers must be patterns of names"):
+        cp.measure("digits_vit_24b", layers=value)
+
+
+@pytest.mark.parametrize("value", [5, "depth=3", ["depth"]])
+def test_arguments_without_names(value):
+    with pytest.raises(UsageError, match="model_kwargs must be arguments by name"):
+        cp.load_model("vit_tiny_patch16_224", model_kwargs=value)

@@ -92,7 +92,9 @@ def read_checkpoint(path: Path, use_ema: bool = False, key: str | None = None) -
 
 
 def check_model_kwargs(model_kwargs: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """The same arguments, unless one of them would make timm open another file (UsageError)."""
+    """The same arguments, unless they are no mapping or one of them would make timm open another file (UsageError)."""
+    if not isinstance(model_kwargs, Mapping):
+        raise UsageError(f"{origin} must be arguments by name; got {model_kwargs!r}.")
     for name in model_kwargs:
         if str(name).startswith(_RESERVED):
             raise UsageError(f"{origin} holds {name!r}, which is not an argument of an architecture; leave it out.")

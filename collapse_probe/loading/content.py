@@ -157,9 +157,9 @@ def _tar(path: Path) -> ModelError:
 
 
 def _check_zip(path: Path) -> str:
-    if not zipfile.is_zipfile(path):
-        raise DamagedFileError(f"{path} is a truncated zip archive: its table of contents is missing. {_AGAIN}")
     try:
+        if not zipfile.is_zipfile(path):  # raises, too, on some versions of Python
+            raise DamagedFileError(f"{path} is a truncated zip archive: its table of contents is missing. {_AGAIN}")
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             if names and all(name.endswith(".npy") for name in names):

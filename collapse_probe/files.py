@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,8 +54,12 @@ def move(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def staged(folder: str | Path) -> Iterator[Path]:
+def staged(folder: str | Path, optional: Collection[str] = ()) -> Iterator[Path]:
     """A temporary folder inside this one; at the end of the block everything in it takes its place here, or nothing.
+
+    Args:
+        folder: made if it does not exist.
+        optional: relative paths of files that not every set has; those that an older set has left go with it.
 
     Raises:
         OutputError: the folder cannot be made, or a file cannot be put in its place; then all older files are there.
@@ -69,16 +73,17 @@ def staged(folder: str | Path) -> Iterator[Path]:
     try:
         yield stage
         with undisturbed():
-            _move_in(stage, folder)
+            _move_in(stage, folder, optional)
     except OutputError as error:
         raise OutputError(str(error).replace(str(stage), str(folder))) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _move_in(stage: Path, folder: Path) -> None:
+def _move_in(stage: Path, folder: Path, optional: Collection[str]) -> None:
     """Move all files from one folder into another; on failure what was there comes back."""
     names = sorted(path.relative_to(stage) for path in stage.rglob("*") if path.is_file())
+    obsolete = sorted(path for path in {Path(name) for name in optional} - set(names) if (folder / path).is_file())
     replaced = stage / ".replaced"
     replaced.mkdir()
     moved: list[tuple[Path, Path]] = []
@@ -90,6 +95,10 @@ def _move_in(stage: Path, folder: Path) -> None:
             if os.path.lexists(target):
                 _set_aside(target, old)
             (stage / name).replace(target)
+        for number, name in enumerate(obsolete, start=len(names)):
+            target, old = folder / name, replaced / str(number)
+            moved.append((target, old))
+            target.replace(old)
     except OSError as error:
         for path, old in reversed(moved):
             if os.path.lexists(old):

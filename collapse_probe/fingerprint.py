@@ -38,8 +38,8 @@ def weights_fingerprint(model: nn.Module) -> str:
 def images_fingerprint(source: ImageSource, images: Any) -> str | None:
     """A digest of which images a source delivers to all shards together, and in which order.
 
-    Files are told apart by their paths within the folder and their sizes, images of a tensor by their values. None for
-    a loader, whose images are not known before it has delivered them.
+    Files are told apart by their paths within the folder and their sizes, images of a tensor by their values; which
+    folders lie beside them counts, too. None for a loader, whose images are not known before it has delivered them.
 
     Args:
         source: where images come from.
@@ -47,6 +47,7 @@ def images_fingerprint(source: ImageSource, images: Any) -> str | None:
     """
     digest = hashlib.blake2b(digest_size=16)
     if isinstance(source, FolderImages):
+        digest.update(repr(source.folders).encode("utf-8", "surrogateescape"))  # their order can be that of classes
         for path in source.paths:
             digest.update(os.fsencode(f"{path}\0{_size(os.path.join(source.root, path))}\0"))  # noqa: PTH118 - many
     elif isinstance(source, TensorImages):

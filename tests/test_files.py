@@ -111,6 +111,20 @@ def test_links_are_replaced_and_what_they_lead_to_is_not(tmp_path):
     assert contents(tmp_path)["elsewhere"] == "kept"
 
 
+def test_what_an_older_set_left_goes_with_it(old):
+    with staged(old, optional=("a", "figures/b", "figures/never")) as stage:
+        write_atomically(stage / "a", "new a")
+    assert contents(old) == {"a": "new a", "mine": "old mine"}
+
+
+def test_what_an_older_set_left_stays_where_the_new_one_fails(old):
+    (old / "figures" / "c").mkdir()
+    before = contents(old)
+    with pytest.raises(OutputError), staged(old, optional=("a", "figures/b")) as stage:
+        write_atomically(stage / "figures" / "c", "new")
+    assert contents(old) == before
+
+
 def test_messages_name_the_folder_that_was_asked_for(tmp_path):
     def below_a_file():
         with staged(tmp_path / "run") as stage:

@@ -90,11 +90,13 @@ def _write(analyses: dict[str, Analysis], out: Path, paragraphs: list[str], prog
     """A folder for each analysis and the page that shows all, or nothing."""
     from collapse_probe.cli.results import fill
     from collapse_probe.files import staged
+    from collapse_probe.plots.save import figure_files
     from collapse_probe.report.comparison import write_comparison
 
     progress.note(f"Writing {out}")
     links = {label: f"{folder}/report.html" for label, (_, _, folder) in SIDES.items()}
-    with staged(out) as stage:
+    figures = [f"{folder}/figures/{name}" for _, _, folder in SIDES.values() for name in figure_files()]
+    with staged(out, optional=figures) as stage:
         for label, analysis in analyses.items():
             fill(analysis, stage / SIDES[label][2])
         write_comparison(analyses, stage / "report.html", paragraphs, links)

@@ -49,9 +49,10 @@ def one_voice(team: Team) -> Iterator[None]:
 def write(analysis: Analysis, folder: Path, progress: ProgressBar) -> None:
     """Everything that goes into an --out folder, or nothing."""
     from collapse_probe.files import staged
+    from collapse_probe.plots.save import figure_files
 
     progress.note(f"Writing {folder}")
-    with staged(folder) as stage:
+    with staged(folder, optional=[f"figures/{name}" for name in figure_files()]) as stage:
         fill(analysis, stage)
 
 

@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Generator, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -148,7 +148,8 @@ def _readable_only(items: list[DecodedImage]) -> tuple[Tensor | None, list[int],
 def list_images(root: Path) -> tuple[list[str], int]:
     """Relative paths (forward slashes) of the image files under a folder, and the number of other files.
 
-    Hidden files and folders are ignored. Linked folders are followed, each folder once, so loops end.
+    Hidden files and folders are ignored. Linked folders are followed, each folder once, so loops end. A folder that
+    cannot be listed stands for what it may hold, with a slash at its end, and is found unreadable with the images.
 
     Raises:
         ImagesError: it is no folder, cannot be read, or holds no image.
@@ -162,11 +163,13 @@ def list_images(root: Path) -> tuple[list[str], int]:
         raise ImagesError(f"{root} {what}; expected a folder of images.")
     extensions = set(image_extensions())
     found, others = [], 0
-    for path in _files(root):
+    closed: list[Path] = []
+    for path in _files(root, closed):
         if path.suffix.lower() in extensions:
             found.append(path.relative_to(root).as_posix())
         else:
             others += 1
+    found += [f"{path.relative_to(root).as_posix()}/" for path in closed]
     if not found:
         known = ", ".join(ext for ext in (".jpg", ".jpeg", ".png", ".webp", ".tif", ".bmp") if ext in extensions)
         raise ImagesError(
@@ -176,13 +179,22 @@ def list_images(root: Path) -> tuple[list[str], int]:
     return sorted(found), others
 
 
-def _files(root: Path) -> Iterator[Path]:
+def _files(root: Path, closed: list[Path]) -> Iterator[Path]:
+    """All files below a folder; folders below it that cannot be listed are added to `closed`."""
+
+    def cannot_list(error: OSError) -> None:
+        if Path(error.filename) == root:
+            raise ImagesError(f"Cannot list {neutral(str(root))}: {error.strerror}.") from None
+        closed.append(Path(error.filename))
+
     seen: set[tuple[int, int]] = set()
-    for folder, folders, names in os.walk(root, followlinks=True, onerror=_cannot_list):
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=cannot_list):
         try:
             status = Path(folder).stat()
         except OSError as error:  # it was there to be listed
-            _cannot_list(error)
+            cannot_list(error)
+            folders.clear()
+            continue
         if (status.st_dev, status.st_ino) in seen:
             folders.clear()
             continue
@@ -201,10 +213,6 @@ def _blocks(path: Path) -> bool:
         return not stat.S_ISREG(path.stat().st_mode)
     except OSError:
         return False
-
-
-def _cannot_list(error: OSError) -> NoReturn:
-    raise ImagesError(f"Cannot list {neutral(str(error.filename))}: {error.strerror}.") from None
 
 
 def seeded_order(paths: list[str], seed: int) -> list[str]:

@@ -97,6 +97,11 @@ def _naturally(folders: Sequence[str]) -> list[str] | None:
         return None
 
 
+def _sides(folders: Sequence[str]) -> bool:
+    """Whether these numbers look like sides in pixels, such as 224 and 384: one set of images in several sizes."""
+    return all(int(name) >= 64 and (int(name) % 14 == 0 or int(name) % 16 == 0) for name in folders)
+
+
 def _numbered(folders: Sequence[str], classes: int) -> tuple[dict[str, int], str] | None:
     """The class of each folder, and how it is known."""
     if not folders or "" in folders or len(folders) > classes or {name.lower() for name in folders} & _SPLITS:
@@ -109,6 +114,6 @@ def _numbered(folders: Sequence[str], classes: int) -> tuple[dict[str, int], str
         if ordered != _naturally(folders):
             return None  # torchvision and timm number these differently
         return {name: number for number, name in enumerate(ordered)}, f"{classes} class folders in sorted order"
-    if numeric and max(map(int, folders)) < classes:
+    if numeric and max(map(int, folders)) < classes and not _sides(folders):
         return {name: int(name) for name in folders}, "names of folders are class indices"
     return None

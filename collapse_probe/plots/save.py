@@ -9,13 +9,18 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from collapse_probe.errors import UsageError
 from collapse_probe.files import write_atomically
-from collapse_probe.plots.gallery import Gallery
+from collapse_probe.plots.gallery import FIGURES, Gallery
 from collapse_probe.result import Analysis
 
+FORMATS = ("png", "svg")
 
-def save_figures(
-    analysis: Analysis | Gallery, folder: str | Path, formats: Sequence[str] = ("png", "svg")
-) -> list[Path]:
+
+def figure_files() -> list[str]:
+    """The names of all files that :func:`save_figures` may write."""
+    return [f"{name}.{suffix}" for name in FIGURES for suffix in FORMATS]
+
+
+def save_figures(analysis: Analysis | Gallery, folder: str | Path, formats: Sequence[str] = FORMATS) -> list[Path]:
     """Draw every figure that has something to show into a folder as ``overview.png``, ``overview.svg`` and so on.
 
     Args:

@@ -183,7 +183,29 @@ def test_folders_that_are_gone_since_they_were_listed(folder: Path, monkeypatch:
             yield root, folders, names
 
     monkeypatch.setattr(os, "walk", vanishing)
-    with pytest.raises(ImagesError, match=r"Cannot list .*class.: No such file"):
+    source = _open(folder)
+    assert len(_all(source)) == 4  # those in the root
+    assert {entry["path"] for entry in source.skipped} == {"class0/", "class1/", "class2/"}
+    assert all(entry["reason"].startswith("no such file") for entry in source.skipped)
+
+
+def test_folders_that_may_not_be_listed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scandir, lists = os.scandir, []
+
+    def guarded(path: str) -> Any:  # root would be let through
+        lists.append(str(path))
+        if str(path).endswith(forbidden):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    forbidden = "class1"
+    source = _open(folder)
+    assert len(_all(source)) == 8
+    assert [entry["path"] for entry in source.skipped] == ["class1/"]
+    assert source.folders == ["", "class0", "class1", "class2"]
+    forbidden = str(folder)
+    with pytest.raises(ImagesError, match=r"Cannot list .*: Permission denied"):
         _open(folder)
 
 

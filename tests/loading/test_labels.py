@@ -152,6 +152,7 @@ def test_fewer_folders_than_classes_are_indices_if_all_are_numbers(tmp_path: Pat
         (["B/a.png", "a/b.png"], 2),  # torchvision: B a; timm: a B
         (["train/a.png", "val/b.png"], 2),  # no classes
         (["²/a.png", "³/a.png"], 9),  # digits to some
+        (["224/a.png", "384/a.png", "518/a.png"], 1000),  # one set in several sizes
         (["a.png", "b.png"], 2),
         (["all/cat/a.png", "all/dog/b.png"], 2),
         (["all/a.png"], 1),

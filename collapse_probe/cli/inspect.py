@@ -78,6 +78,9 @@ def _architecture(found: dict[str, Any]) -> list[tuple[str, str]]:
             rows.append(("  heads", f"{item['heads']} ({item['heads_from']})"))
         if item["same"]:
             rows.append(("  also named", f"{', '.join(item['same'])} (preprocessing may differ)"))
+    rows += [
+        (name, "takes every tensor at this image size, too, and computes something else") for name in found["also"]
+    ]
     return rows
 
 

@@ -94,7 +94,7 @@ def describe(shapes: Shapes) -> Anatomy | None:
         patch=patch,
         image=_image(shapes, patch, tokens),
         channels=first[1] if len(first) == 4 else None,
-        mlp_ratio=None if hidden is None or not width else round(hidden / width, 4),
+        mlp_ratio=None if hidden is None or not width else _ratio(hidden, width),
         class_token="cls_token" in shapes,
         distillation_token="dist_token" in shapes,
         registers=registers,
@@ -195,11 +195,19 @@ def _image(shapes: Shapes, patch: tuple[int, int] | None, tokens: int) -> tuple[
     positions = shapes.get("pos_embed", ())
     if patch is None or len(positions) != 3:
         return None
-    for count in range(tokens, -1, -1):
+    # Registers have no positions of their own in any release.
+    counts = range(tokens + 1) if "reg_token" in shapes else range(tokens, -1, -1)
+    for count in counts:
         side = math.isqrt(max(positions[1] - count, 0))
         if side and side * side == positions[1] - count:
             return side * patch[0], side * patch[1]
     return None
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """A number by which models that round down come to this hidden width again."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def _positions(shapes: Shapes) -> str:

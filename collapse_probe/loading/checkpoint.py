@@ -25,8 +25,8 @@ from collapse_probe.loading.readers import read, shards
 
 #: Where weights lie in a checkpoint, in the order of preference; of a self-distilled pair the teacher is evaluated.
 WRAPPERS = (
-    "state_dict", "model", "module", "teacher", "net", "backbone", "encoder", "checkpoint", "weights", "params",
-    "student",
+    "state_dict", "model_state_dict", "model_state", "model", "module", "teacher", "target_encoder", "net",
+    "backbone", "encoder", "checkpoint", "weights", "params", "student",
 )  # fmt: skip
 EMA_WRAPPERS = ("state_dict_ema", "model_ema", "ema", "ema_state_dict")
 # timm's create_model would fetch or open other files on behalf of these.
@@ -126,10 +126,18 @@ def _stored_arguments(content: Any) -> dict[str, Any]:
     args = args if isinstance(args, Mapping) else {}
     architecture = content.get("arch") or args.get("model")
     kwargs = dict(args["model_kwargs"]) if isinstance(args.get("model_kwargs"), Mapping) else {}
+    kwargs = {name: value for name, value in kwargs.items() if _is_plain(value)}
     for theirs, ours in (("in_chans", "in_chans"), ("gp", "global_pool"), ("img_size", "img_size")):
         if args.get(theirs) is not None:
             kwargs.setdefault(ours, args[theirs])
     return {"architecture": architecture if isinstance(architecture, str) else None, "model_kwargs": kwargs}
+
+
+def _is_plain(value: Any) -> bool:
+    """Numbers, texts and lists of them: what an argument that a file stores may be."""
+    if isinstance(value, (list, tuple)):
+        return all(isinstance(item, (int, float, str, bool, type(None))) for item in value)
+    return value is None or isinstance(value, (int, float, str, bool))
 
 
 def _choose(path: Path, content: Any, use_ema: bool, key: str | None) -> tuple[str | None, dict[str, Tensor]]:
@@ -143,32 +151,46 @@ def _choose(path: Path, content: Any, use_ema: bool, key: str | None) -> tuple[s
         raise UsageError(f"{path} holds no EMA weights ({' or '.join(EMA_WRAPPERS)}); leave --use-ema out.")
     top = list(content) if isinstance(content, Mapping) else []
     inside = f"its top level holds {', '.join(map(repr, top[:8]))}" if top else f"it holds a {type(content).__name__}"
+    known = [str(name) for name in top if isinstance(name, str) and _is_state_dict(content[name])]
+    advice = f" Tensors by name lie under {', '.join(map(repr, known[:4]))}: --key names one of them." if known else ""
     raise DamagedFileError(
-        f"{path} holds no state dict: {inside}. Expected tensors by name, at the top level or under one of "
-        f"{', '.join(WRAPPERS)}, or under a key that --key names."
+        f"{path} holds no state dict where one is looked for: {inside}. Expected tensors by name, at the top level or "
+        f"under one of {', '.join(WRAPPERS)}, or under a key that --key names.{advice}"
     )
 
 
 def _search(
     content: Any, wrappers: tuple[str, ...], required: bool, above: str = "", depth: int = 0
 ) -> tuple[str | None, dict[str, Tensor]] | None:
-    """The state dict under the first wrapper that holds one, looking into wrappers that hold others."""
+    """The state dict under the first wrapper that holds one, with attention if any has; wrappers may hold others."""
     if not isinstance(content, Mapping) or depth > _MAX_DEPTH:
         return None
-    for name in wrappers:
-        inner = content.get(name)
-        found = None if inner is None else _search(inner, wrappers, False, f"{above}{name}.", depth + 1)
-        if found is not None:
-            return found
+    inner = [
+        _search(content[name], wrappers, False, f"{above}{name}.", depth + 1)
+        for name in wrappers
+        if content.get(name) is not None
+    ]
+    found = [item for item in inner if item is not None]
+    for item in found:
+        if any("att" in key.lower() for key in item[1]):
+            return item
+    if found:
+        return found[0]
     if required or not _is_state_dict(content):
         return None
     return above.rstrip(".") or None, _tensors(content)
 
 
 def _under(path: Path, content: Any, key: str) -> dict[str, Tensor]:
-    """The state dict under a key that the user named; dots lead from one level to the next."""
+    """The state dict under a key that the user named; dots lead from one level to the next.
+
+    Where the keys of one state dict begin with it, as of teacher and student side by side, those are meant.
+    """
     inner, walked = content, list[str]()
     for name in key.split("."):
+        if isinstance(inner, Mapping) and name not in inner:
+            own = {item[len(name) + 1 :]: value for item, value in inner.items() if str(item).startswith(f"{name}.")}
+            inner = {**inner, name: own} if own else inner
         if not isinstance(inner, Mapping) or name not in inner:
             at = f"under {'.'.join(walked)!r}" if walked else "at its top level"
             names = ", ".join(map(repr, list(inner)[:8])) if isinstance(inner, Mapping) else type(inner).__name__
@@ -181,13 +203,13 @@ def _under(path: Path, content: Any, key: str) -> dict[str, Tensor]:
 
 
 def _is_state_dict(value: Any) -> bool:
-    """Tensors by name; a number or a text among them does no harm."""
-    return (
-        isinstance(value, Mapping)
-        and any(isinstance(item, Tensor) for item in value.values())
-        and all(isinstance(name, str) for name in value)
-        and all(item is None or isinstance(item, (Tensor, int, float, str)) for item in value.values())
-    )
+    """Tensors by name; a few other things among them do no harm."""
+    if not isinstance(value, Mapping):
+        return False
+    tensors = [name for name, item in value.items() if isinstance(item, Tensor)]
+    plain = [name for name, item in value.items() if item is None or isinstance(item, (int, float, str))]
+    others = len(value) - len(tensors) - len(plain)
+    return bool(tensors) and others < len(tensors) and all(isinstance(name, str) for name in tensors)
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:

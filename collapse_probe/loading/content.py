@@ -36,7 +36,7 @@ SUFFIXES = {
 
 _AGAIN = "Download or copy it again."
 _CHUNK = 1 << 20
-_MAX_HEADER = 100_000_000  # the limit that safetensors sets itself
+_MAX_HEADER = 10_000_000  # a tenth of what safetensors allows; those of the largest models take a few 100 kB
 # What torch.save writes first in its legacy format: the pickled magic number 0x1950a86a20f9469cfc6c.
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _TAR_MAGIC_AT = 257
@@ -197,8 +197,8 @@ def _check_names(path: Path, names: list[str]) -> None:
 def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
     """Every checksum, in chunks; torch.save never compresses, so a member that claims to is no checkpoint's."""
     members = archive.infolist()
-    if len({member.filename for member in members}) < len(members):
-        # Readers differ in which of two members of one name they take.
+    if len({member.filename.casefold() for member in members}) < len(members):
+        # Readers differ in which of two members of one name they take; torch's does not heed upper and lower case.
         raise DamagedFileError(f"{path} is a damaged zip archive: it holds members of the same name. {_AGAIN}")
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise DamagedFileError(f"{path} is a compressed zip archive, which torch.save never writes. Unpack it first.")

@@ -108,7 +108,10 @@ def _built_size(model: nn.Module, default: Sequence[int]) -> tuple[int, int]:
 def _per_channel(
     name: str, given: Sequence[float] | None, default: Sequence[float], channels: int, positive: bool = False
 ) -> tuple[float, ...]:
-    values = tuple(float(value) for value in (default if given is None else given))
+    try:
+        values = tuple(float(value) for value in (default if given is None else given))
+    except (TypeError, ValueError):
+        raise UsageError(f"{name}={default if given is None else given!r} must be numbers.") from None
     if given is not None and len(values) not in (1, channels):
         raise UsageError(f"{name}={values} has {len(values)} values; the model takes images of {channels} channels.")
     if not all(math.isfinite(value) and (value > 0 or not positive) for value in values):

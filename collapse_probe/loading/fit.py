@@ -8,6 +8,7 @@ also resize position embeddings silently; here that happens only where another i
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any, cast
@@ -19,6 +20,8 @@ from collapse_probe.loading.signatures import SIZED
 from collapse_probe.words import neutral
 
 _PATCH = "patch_embed.proj.weight"
+# What any release calls its tables of positions.
+_OF_POSITIONS = re.compile(r"pos|bias_table|attention_biases")
 _MAX_PREFIX = 5  # a class token and four registers
 _LONGEST_KEY = 200
 
@@ -51,7 +54,7 @@ def fit_weights(
     if fitted.keys() != own.keys() or (resample and _shapes(fitted) != _shapes(own)):
         fitted = _converted(model, fitted)
         if not resample:
-            _check_resized(state, fitted, what)
+            _check_resized(state, fitted, own, what)
         if not keep_head:
             _size_head(model, fitted, drop_missing=True)
             own = model.state_dict()
@@ -135,13 +138,17 @@ def _check_positions(model: nn.Module, state: Mapping[str, Tensor], what: str) -
     )
 
 
-def _check_resized(state: Mapping[str, Tensor], fitted: Mapping[str, Tensor], what: str) -> None:
+def _check_resized(
+    state: Mapping[str, Tensor], fitted: Mapping[str, Tensor], own: Mapping[str, Tensor], what: str
+) -> None:
     """Refuse tables of positions that a converter resized without a word: of a size that the file does not hold."""
-    sizes = {tensor.numel() for tensor in state.values()}
+    sizes = {tensor.numel() for key, tensor in state.items() if _OF_POSITIONS.search(key)}
     for key, tensor in fitted.items():
+        if not SIZED.search(key) or not tensor.ndim or key not in own or tensor.shape != own[key].shape:
+            continue  # what still does not fit is listed by the comparison that follows
         # A converter may cut prefix tokens off the positions, or put them there.
         near = {tensor.numel() + tokens * tensor.shape[-1] for tokens in range(-_MAX_PREFIX, _MAX_PREFIX + 1)}
-        if SIZED.search(key) and not near & sizes:
+        if not near & sizes:
             raise WeightsMismatchError(
                 f"{what}: {key} would have to be resized to {list(tensor.shape)}: the weights are for another image "
                 "size. Give the size that they were trained at with --img-size."

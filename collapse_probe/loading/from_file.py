@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,22 @@ from typing import Any
 from timm.models import get_pretrained_cfg
 from torch import nn
 
-from collapse_probe.errors import UnknownModelError, UsageError, WeightsMismatchError
+from collapse_probe.errors import DamagedFileError, UnknownModelError, UsageError, WeightsMismatchError
 from collapse_probe.loading.anatomy import heads_of, heads_shown
 from collapse_probe.loading.build import build
 from collapse_probe.loading.checkpoint import check_model_kwargs
-from collapse_probe.loading.examine import Examined, better_fit, examine, preprocessing_of
+from collapse_probe.loading.examine import GIVEN, Examined, better_fit, examine, preprocessing_of
 from collapse_probe.loading.fit import fit_weights
+from collapse_probe.loading.folders import Configuration
 from collapse_probe.loading.names import HUB, LOCAL, is_name, nearest
-from collapse_probe.loading.signatures import shapes_of
+from collapse_probe.loading.recognition import completed
+from collapse_probe.loading.signatures import on_meta, shapes_of, signature
 from collapse_probe.loading.soundness import check_sound, non_finite
 
-GIVEN, NAME, STORED, RECOGNISED = "given", "name", "stored in the file", "recognised by keys and shapes"
+NAME, STORED, RECOGNISED = "name", "stored in the file", "recognised by keys and shapes"
+
+# What stored arguments may ask for: blocks, any other number, and numbers in all for each one that the file holds.
+_DEEPEST, _LARGEST, _MOST = 1000, 1e6, 10
 
 
 @dataclass(frozen=True)
@@ -31,9 +37,9 @@ class Wanted:
     Attributes:
         arch: the architecture, or None where it is to be found out; ``arch_from``: who named it.
         model_kwargs: arguments for it; they override what the file stores.
-        stored_kwargs: arguments that a configuration beside the file stores.
+        config: what a configuration beside the file says.
         use_ema, key: which weights of the file.
-        num_heads: the number of heads; ``config_heads``: the same from a configuration beside the file.
+        num_heads: the number of heads.
         resample: another image size was asked for, so positions may be resized.
         allow_bad: take weights that no working model has.
     """
@@ -41,11 +47,10 @@ class Wanted:
     arch: str | None = None
     arch_from: str = GIVEN
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    stored_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    config: Configuration = field(default_factory=Configuration)
     use_ema: bool = False
     key: str | None = None
     num_heads: int | None = None
-    config_heads: int | None = None
     resample: bool = False
     allow_bad: bool = False
 
@@ -66,10 +71,16 @@ def model_from_file(file: Path, wanted: Wanted) -> tuple[nn.Module, dict[str, An
     Raises:
         ModelError, UsageError: see :func:`collapse_probe.loading.load_model`.
     """
-    examined = examine(file, wanted.use_ema, wanted.key, wanted.num_heads or wanted.config_heads)
+    # Where positions may be resized the size that was asked for says nothing of the weights.
+    asked = {name: value for name, value in wanted.model_kwargs.items() if name != "img_size" or not wanted.resample}
+    examined = examine(file, wanted.use_ema, wanted.key, wanted.num_heads, asked, wanted.config)
     if not wanted.allow_bad:
         check_sound(file, examined.state)
+    stored = {**wanted.config.model_kwargs, **examined.checkpoint.model_kwargs}
+    _check_stored(file, stored)
     chosen = _choose(file, examined, wanted)
+    if stored:
+        _check_size(file, chosen, examined)
     model = build(chosen.name, False, chosen.arguments)
     what = f"{file} ({chosen.name})"
     keep_head = "num_classes" in {**wanted.model_kwargs}
@@ -84,8 +95,9 @@ def model_from_file(file: Path, wanted: Wanted) -> tuple[nn.Module, dict[str, An
         "adapted_by_timm": adapted,
         "non_finite": non_finite(model.state_dict()),
     }
-    heads = _heads(model, examined, wanted, chosen)
-    _warn(file, facts, chosen, heads)
+    facts |= _configured(model, examined, wanted.config)
+    heads = _heads(model, examined, chosen)
+    _warn(file, facts, chosen, heads, examined)
     return model, {
         "architecture": chosen.name,
         "architecture_from": chosen.origin,
@@ -112,10 +124,47 @@ def _choose(file: Path, examined: Examined, wanted: Wanted) -> Architecture:
         return Architecture(candidate.name, RECOGNISED, {**candidate.arguments, **own}, candidate.same)
     if not name.startswith((*HUB, LOCAL)) and not is_name(name):
         raise UnknownModelError(f"timm knows no architecture {name!r}. {nearest(name)}")
-    stored = check_model_kwargs({**wanted.stored_kwargs, **examined.checkpoint.model_kwargs}, str(file))
+    stored = check_model_kwargs({**wanted.config.model_kwargs, **examined.checkpoint.model_kwargs}, str(file))
     if not _has_fixed_size(name):
         stored.pop("img_size", None)
-    return Architecture(name, wanted.arch_from if wanted.arch else STORED, {**stored, **examined.implied, **own})
+    arguments = {**stored, **examined.known.arguments, **own}
+    with suppress(Exception):  # what cannot be built is said when it is built
+        arguments = completed(name, arguments, examined.known)
+    return Architecture(name, wanted.arch_from if wanted.arch else STORED, arguments)
+
+
+def _check_stored(file: Path, stored: Mapping[str, Any]) -> None:
+    """Raises DamagedFileError where an argument that a file stores would take hours or any memory to build."""
+    for name, value in stored.items():
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        largest = max((item for item in numbers if isinstance(item, (int, float))), default=0)
+        if largest > (_DEEPEST if "depth" in name else _LARGEST):
+            raise DamagedFileError(f"{file} stores {name}={value}, which no model has.")
+
+
+def _check_size(file: Path, chosen: Architecture, examined: Examined) -> None:
+    """Raises DamagedFileError where arguments that a file stores ask for far more numbers than it holds."""
+    with suppress(RuntimeError, TypeError, ValueError, AssertionError):  # what cannot be built is said when it is built
+        own = signature(shapes_of(on_meta(chosen.name, **chosen.arguments).state_dict())).numbers
+        held = sum(tensor.numel() for tensor in examined.state.values())
+        if own > _MOST * held:
+            raise DamagedFileError(
+                f"{file} holds {held} numbers, and the architecture that it stores, {chosen.name} with "
+                f"{chosen.arguments}, has {own}."
+            )
+
+
+def _configured(model: nn.Module, examined: Examined, config: Configuration) -> dict[str, Any]:
+    """Give the model the epsilon of its norms and the preprocessing that a configuration beside the file states."""
+    if config.preprocessing:
+        own = getattr(model, "pretrained_cfg", None) or {}
+        model.pretrained_cfg = {**own, **config.preprocessing}  # type: ignore[assignment]
+    norms = [item for item in model.modules() if isinstance(item, nn.LayerNorm)]
+    if config.norm_eps is None or not norms or not (examined.scheme or "").startswith("Hugging Face"):
+        return {"norm_eps": None}
+    for item in norms:
+        item.eps = config.norm_eps
+    return {"norm_eps": config.norm_eps}
 
 
 def _has_fixed_size(arch: str) -> bool:
@@ -124,34 +173,38 @@ def _has_fixed_size(arch: str) -> bool:
     return cfg is None or cfg.fixed_input_size
 
 
-def _heads(model: nn.Module, examined: Examined, wanted: Wanted, chosen: Architecture) -> dict[str, Any]:
+def _heads(model: nn.Module, examined: Examined, chosen: Architecture) -> dict[str, Any]:
     """How many heads the model has, and how that is known; None where layers differ or do not say."""
     counts = heads_of(model)
     count = next(iter(counts)) if len(counts) == 1 else None
+    known = examined.known
     shown, sign = heads_shown(shapes_of(examined.state))
+    if known.heads is not None and counts and counts != {known.heads} and shown is None:
+        raise UsageError(
+            f"{examined.checkpoint.facts['path']} has {known.heads} heads ({known.heads_from}), and {chosen.name} is "
+            f"built with {', '.join(map(str, sorted(counts)))}."
+        )
     if shown is not None and counts and shown not in counts:
         raise UsageError(
             f"{examined.checkpoint.facts['path']} holds weights of {shown} heads, as {sign} shows, and {chosen.name} "
             f"is built with {', '.join(map(str, sorted(counts)))}. Leave --num-heads out, or set it to {shown}."
         )
     if shown is not None:
-        known = f"shown by {sign}"
-    elif wanted.num_heads is not None:
-        known = GIVEN
-    elif wanted.config_heads is not None and count == wanted.config_heads:
-        known = "stored in config.json"
-    elif examined.num_heads is not None and count == examined.num_heads:
-        known = f"shown by the shapes of {examined.scheme}"
-    elif "num_heads" in {**examined.checkpoint.model_kwargs, **wanted.stored_kwargs}:
-        known = STORED
+        words = f"shown by {sign}"
+    elif known.heads is not None:
+        words = known.heads_from
+    elif chosen.origin == STORED and "num_heads" in chosen.arguments:
+        words = STORED
     elif chosen.origin == RECOGNISED and "num_heads" in chosen.arguments:
-        known = "assumed: the weights do not show it"
+        words = "assumed: the weights do not show it"
     else:
-        known = f"those of {chosen.name}: the weights do not show them"
-    return {"count": count, "known": known}
+        words = f"those of {chosen.name}: the weights do not show them"
+    return {"count": count, "known": words}
 
 
-def _warn(file: Path, facts: Mapping[str, Any], chosen: Architecture, heads: Mapping[str, Any]) -> None:
+def _warn(
+    file: Path, facts: Mapping[str, Any], chosen: Architecture, heads: Mapping[str, Any], examined: Examined
+) -> None:
     """Say what a reader of the result should know of how it came about."""
     if facts["note"]:
         warnings.warn(f"{file} is {facts['note']}.", stacklevel=3)
@@ -160,7 +213,22 @@ def _warn(file: Path, facts: Mapping[str, Any], chosen: Architecture, heads: Map
     if heads["known"].startswith("assumed"):
         warnings.warn(
             f"{file} holds a model that is not registered; its number of heads does not show in its weights and was "
-            f"taken to be {heads['count']}. Readings are wrong if that is wrong: --num-heads sets it.",
+            f"taken to be {heads['count']}. Readings are wrong if that is wrong: --num-heads sets it. Nor do the "
+            f"activation, the epsilon of norms and rotary positions show; they are those of {chosen.name}.",
+            stacklevel=3,
+        )
+    if chosen.arguments.get("no_embed_class") and chosen.arguments.get("class_token", True):
+        warnings.warn(
+            f"{file} has as many positions as an image of {chosen.arguments['img_size']} pixels squared has patches, "
+            "and a class token, which was taken to have no position. For images that are not square give "
+            "--model-kwargs img_size=[HEIGHT,WIDTH].",
+            stacklevel=3,
+        )
+    if also := examined.recognition.also:
+        warnings.warn(
+            f"{file} fits {chosen.name}, and at this image size also {' or '.join(item.name for item in also[:3])}, "
+            "which computes something else (its activation or its heads). "
+            f"For that one: --model {also[0]}",
             stacklevel=3,
         )
     means = preprocessing_of([chosen.name, *chosen.same])

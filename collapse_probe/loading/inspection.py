@@ -24,15 +24,16 @@ def inspect_weights(
     Returns:
         ``file`` (path, sha256, size_bytes, format, note, key, prefix_cut, left_out, dtype, tensors, scheme),
         ``stored`` (architecture and model_kwargs that the file or a configuration beside it names), ``anatomy`` (pairs
-        of words), ``candidates`` (each with name, arguments, heads, heads_from, same), ``nearest`` (architectures of
-        about that size, where there is no candidate), ``non_finite`` and ``constant`` (keys of bad tensors).
+        of words), ``candidates`` (each with name, arguments, heads, heads_from, same), ``also`` (architectures
+        of another image size that fit, too, and compute something else), ``nearest`` (architectures of about that size,
+        where there is no candidate), ``non_finite`` and ``constant`` (keys of bad tensors).
 
     Raises:
         ModelError, UsageError: the file is damaged, unsafe, or holds no weights.
     """
     path = existing(source)
     folder = open_folder(path) if path.is_dir() else ModelFolder(path)
-    examined = examine(folder.weights, use_ema, key, num_heads or folder.num_heads)
+    examined = examine(folder.weights, use_ema, key, num_heads, config=folder.config)
     recognition, checkpoint = examined.recognition, examined.checkpoint
     return {
         "file": {
@@ -41,9 +42,9 @@ def inspect_weights(
             "left_out": [*checkpoint.facts["left_out"], *examined.left_out],
         },
         "stored": {
-            "architecture": folder.architecture or checkpoint.architecture,
-            "model_kwargs": {**folder.model_kwargs, **checkpoint.model_kwargs},
-            "num_heads": folder.num_heads,
+            "architecture": folder.config.architecture or checkpoint.architecture,
+            "model_kwargs": {**folder.config.model_kwargs, **checkpoint.model_kwargs},
+            "num_heads": folder.config.num_heads,
         },
         "anatomy": {} if recognition.anatomy is None else dict(in_words(recognition.anatomy)),
         "candidates": [
@@ -56,6 +57,7 @@ def inspect_weights(
             }
             for item in recognition.candidates
         ],
+        "also": [str(item) for item in recognition.also],
         "nearest": recognition.nearest,
         "non_finite": non_finite(examined.state),
         "constant": constant_matrices(examined.state),

@@ -1,10 +1,10 @@
 """The key names of other libraries' ViTs, rewritten to timm's, by names and shapes alone.
 
-Covered: torchvision's ViT; Hugging Face's ViT, DeiT, ViTMAE, DINOv2 (with registers, SwiGLU), BEiT, CLIP's and SigLIP's
-vision towers, in the names of transformers 5 and of the releases before; the original ViT in JAX (arXiv 2010.11929,
-google-research/vision_transformer, and big_vision's names); what pre-training leaves beside an encoder in timm's names
-(the mask tokens and decoders of MAE and DINOv2, whose registers and gated MLPs have names of their own). The original
-releases of BEiT and CLIP are rewritten by timm's own converters (:mod:`collapse_probe.loading.fit`).
+Covered: torchvision's ViT; Hugging Face's ViT, DeiT, ViTMAE, DINOv2 (with registers, SwiGLU), DINOv3, BEiT, CLIP's and
+SigLIP's vision towers, in the names of transformers 5 and of the releases before; the original ViT in JAX (arXiv
+2010.11929, google-research/vision_transformer, and big_vision's names); what pre-training leaves beside an encoder in
+timm's names (the mask tokens and decoders of MAE and DINOv2, whose registers and gated MLPs have names of their own).
+The original releases of BEiT and CLIP are rewritten by timm's own converters (:mod:`collapse_probe.loading.fit`).
 
 timm keeps queries, keys and values in one matrix, `qkv`, and PyTorch keeps matrices as [out, in], JAX as [in, out].
 Activations and the epsilon of norms do not show in weights: those of the timm model that is built count.
@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from collapse_probe.errors import WeightsMismatchError
 
 State = dict[str, Tensor]
 
@@ -41,9 +43,27 @@ class Converted:
 
 
 def to_timm(state: Mapping[str, Tensor]) -> Converted:
-    """Rewrite a state dict to timm's keys, if its names are of a library that is known."""
-    for convert in (_torchvision, _hugging_face, _jax, _pretrained):
-        found = convert(state)
+    """Rewrite a state dict to timm's keys, if its names are of a library that is known.
+
+    Raises:
+        WeightsMismatchError: they are, and what belongs to them is missing or of shapes that it never has.
+    """
+    for scheme, convert in (
+        ("torchvision", _torchvision), ("Hugging Face", _hugging_face), ("the original ViT in JAX", _jax),
+        ("a pre-training release", _pretrained),
+    ):  # fmt: skip
+        try:
+            found = convert(state)
+        except KeyError as error:
+            raise WeightsMismatchError(
+                f"The keys are named as those of {scheme}, but not all are there: {error.args[0]} is missing (in "
+                "timm's spelling)."
+            ) from None
+        except (IndexError, ValueError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0].rstrip(".")
+            raise WeightsMismatchError(
+                f"The keys are named as those of {scheme}, but the tensors have other shapes than those: {reason}."
+            ) from None
         if found is not None:
             return found
     return Converted(None, dict(state))
@@ -111,17 +131,19 @@ def _pretrained(state: Mapping[str, Tensor]) -> Converted | None:
 
 # -- Hugging Face ------------------------------------------------------------------------------------------------------
 
-_BASE = re.compile(r"(?:model\.)?(?:vit|deit|dinov2|dinov2_with_registers|beit|data2vec_vision|vision_model)\.")
-_BLOCK = r"(?:encoder\.)?layers?\.(\d+)\."
+_BASE = re.compile(
+    r"(?:model\.)?(?:vit|deit|dinov2|dinov2_with_registers|dinov3_vit|beit|data2vec_vision|vision_model)\."
+)
+_BLOCK = r"(?:encoder\.|model\.)?layers?\.(\d+)\."
 _END = r"\.(weight|bias)"
 _HUGGING_FACE = {
     r"embeddings\.(?:cls_token|class_embedding)": "cls_token",
     r"embeddings\.distillation_token": "dist_token",
     r"embeddings\.register_tokens": "reg_token",
     r"embeddings\.(?:position_embeddings|position_embedding\.weight)": "pos_embed",
-    rf"embeddings\.(?:patch_embeddings\.projection|patch_embedding){_END}": r"patch_embed.proj.\1",
+    rf"embeddings\.(?:patch_embeddings\.projection|patch_embeddings|patch_embedding){_END}": r"patch_embed.proj.\1",
     rf"pre_layrnorm{_END}": r"norm_pre.\1",
-    rf"(?:layernorm|post_layernorm){_END}": r"norm.\1",
+    rf"(?:layernorm|post_layernorm|norm){_END}": r"norm.\1",
     rf"pooler\.layernorm{_END}": r"fc_norm.\1",
     rf"(?:classifier|cls_classifier){_END}": r"head.\1",
     rf"distillation_classifier{_END}": r"head_dist.\1",
@@ -164,7 +186,9 @@ def _hugging_face(state: Mapping[str, Tensor]) -> Converted | None:
     renamed, left_out = _renamed(inside, _HUGGING_FACE)
     left_out = [*(names[key] for key in left_out), *outside]
     kind = _kind(inside, base)
-    renamed = _fused(_tokens_shaped(renamed), beit=kind == "BEiT")
+    if kind == "DINOv3":
+        renamed = _as_dinov3(renamed)
+    renamed = _fused(_tokens_shaped(renamed))
     width = renamed["patch_embed.proj.weight"].shape[0]
     if "head.weight" in renamed and renamed["head.weight"].shape[-1] != width:  # DINOv2 classifies two tokens together
         left_out += [names[key] for key in ("classifier.weight", "classifier.bias") if key in names]
@@ -176,6 +200,8 @@ def _hugging_face(state: Mapping[str, Tensor]) -> Converted | None:
 def _kind(state: Mapping[str, Tensor], base: str) -> str:
     if any("lambda_1" in key for key in state):
         return "BEiT"
+    if "embeddings.register_tokens" in state and "embeddings.position_embeddings" not in state:
+        return "DINOv3"
     if any("lambda1" in key for key in state):
         return "DINOv2"
     if "embeddings.class_embedding" in state:
@@ -191,20 +217,40 @@ def _tokens_shaped(state: State) -> State:
     for key in ("cls_token", "pos_embed"):
         if key in shaped:
             shaped[key] = shaped[key].reshape(1, -1, shaped[key].shape[-1])
-    if "reg_token" in shaped:  # timm adds positions to patches alone, so the class token takes its own along
+    if (
+        "reg_token" in shaped and "pos_embed" in shaped
+    ):  # timm adds positions to patches alone, so the class token takes its own along
         shaped["cls_token"] = shaped["cls_token"] + shaped["pos_embed"][:, :1]
         shaped["pos_embed"] = shaped["pos_embed"][:, 1:]
     return shaped
 
 
-def _fused(state: State, beit: bool) -> State:
-    """Queries, keys and values in one matrix; gates and values of SwiGLU, too; the attention pool's apart."""
+_DINOV3 = {
+    r"(blocks\.\d+)\.ls([12])\.gamma": r"\1.gamma_\2",
+    r"(blocks\.\d+\.mlp)\.gate\.(.*)": r"\1.fc1_g.\2",
+    r"(blocks\.\d+\.mlp)\.up\.(.*)": r"\1.fc1_x.\2",
+    r"(.*)": r"\1",
+}
+
+
+def _as_dinov3(state: State) -> State:
+    """The names of timm's models with rotary positions; an MLP without gates is a plain one."""
+    gated = any(key.endswith(".mlp.gate.weight") for key in state)
+    plain = {r"(blocks\.\d+\.mlp)\.up\.(.*)": r"\1.fc1.\2"}
+    return _renamed(state, _DINOV3 if gated else {**_DINOV3, **plain})[0]
+
+
+def _fused(state: State) -> State:
+    """Queries, keys and values in one matrix; gates and values of SwiGLU, too; the attention pool's apart.
+
+    Where keys have no bias, as in BEiT and DINOv3, those of queries and values stand alone.
+    """
     fused = {}
     for key, tensor in state.items():
         stem, _, end = key.rpartition(".")
         if stem.endswith(".attn.q"):
             block = stem.removesuffix("q")
-            if beit and end == "bias":
+            if end == "bias" and f"{block}k.bias" not in state:
                 fused[f"{block}q_bias"], fused[f"{block}v_bias"] = tensor, state[f"{block}v.bias"]
             else:
                 fused[f"{block}qkv.{end}"] = torch.cat([tensor, state[f"{block}k.{end}"], state[f"{block}v.{end}"]])
@@ -255,6 +301,11 @@ def _jax(state: Mapping[str, Tensor]) -> Converted | None:
     own = {_JAX_ROOT.sub("", key, count=1): tensor for key, tensor in state.items()}
     if "embedding/kernel" not in own or not any(key.startswith("Transformer/encoderblock") for key in own):
         return None
+    if "conv_root/kernel" in own:
+        raise WeightsMismatchError(
+            "These are the weights of a hybrid of ResNet and ViT in JAX (conv_root/kernel), whose ResNet is not read. "
+            "timm has them converted, for example as vit_base_r50_s16_384."
+        )
     if any(
         key.startswith("pre_logits/") for key in own
     ):  # the classifier reads a layer that timm's model does not have
@@ -271,4 +322,4 @@ def _jax(state: Mapping[str, Tensor]) -> Converted | None:
         if key.endswith("query/kernel") and "encoderblock" in key:
             heads = int(tensor.shape[1])
     arguments = {} if heads is None else {"num_heads": heads}
-    return Converted("JAX ViT", _fused(converted, beit=False), [names[key] for key in left_out], arguments)
+    return Converted("JAX ViT", _fused(converted), [names[key] for key in left_out], arguments)

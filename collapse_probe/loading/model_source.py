@@ -144,9 +144,10 @@ def _from_path(path: Path, wanted: Wanted) -> tuple[nn.Module, dict[str, Any]]:
     if not path.is_dir():
         return model_from_file(path, wanted)
     folder = open_folder(path)
-    if wanted.arch is None and folder.architecture is not None and is_name(folder.architecture):
-        wanted = replace(wanted, arch=folder.architecture, arch_from=STORED, stored_kwargs=folder.model_kwargs)
-    return model_from_file(folder.weights, replace(wanted, config_heads=folder.num_heads))
+    config = folder.config
+    if wanted.arch is None and config.architecture is not None and is_name(config.architecture):
+        wanted = replace(wanted, arch=config.architecture, arch_from=STORED)
+    return model_from_file(folder.weights, replace(wanted, config=config))
 
 
 def _from_name(name: str, wanted: Wanted, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
@@ -154,7 +155,7 @@ def _from_name(name: str, wanted: Wanted, pretrained: bool) -> tuple[nn.Module, 
     if name.startswith(LOCAL) and pretrained:
         # Its weights take the way of every other file: checked by content, fitted strictly.
         export = open_folder(Path(name.removeprefix(LOCAL)))
-        model, facts = model_from_file(export.weights, replace(wanted, arch_from=NAME))
+        model, facts = model_from_file(export.weights, replace(wanted, arch_from=NAME, config=export.config))
         return model, {**facts, "architecture": _architecture(name, model)}
     if name.startswith(HUB) and pretrained and (folder := _foreign_repository(name)) is not None:
         model, facts = _from_path(folder, replace(wanted, arch=None))
@@ -181,7 +182,7 @@ def _from_name(name: str, wanted: Wanted, pretrained: bool) -> tuple[nn.Module, 
 def _foreign_repository(name: str) -> Path | None:
     """The folder of a repository on the hub that is not timm's export; None where it is, or cannot be had."""
     folder = snapshot(name.partition(":")[2])
-    return None if folder is None or open_folder(folder).architecture is not None else folder
+    return None if folder is None or open_folder(folder).config.architecture is not None else folder
 
 
 def _architecture(name: str, model: nn.Module) -> str:

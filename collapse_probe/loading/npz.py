@@ -61,7 +61,8 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
                 found[name] = torch.from_numpy(values.view(np.int16).copy()).view(torch.bfloat16)
                 continue
             try:
-                found[name] = torch.from_numpy(np.ascontiguousarray(values).reshape(values.shape))
+                native = values.astype(values.dtype.newbyteorder("="), order="C", copy=False)
+                found[name] = torch.from_numpy(native)
             except TypeError:
                 raise DamagedFileError(f"{path}: {name} holds {values.dtype}, which are no weights.") from None
     return found

@@ -23,10 +23,11 @@ EXPORT_ADVICE = (
 
 # What tensors, their storages and plain containers are rebuilt from, and timm's `args`.
 _ORDINARY = re.compile(
-    r"torch\._utils\._rebuild_(tensor|tensor_v2|parameter|parameter_with_state)|torch\.\w+Storage"
+    r"torch\._utils\._rebuild_(tensor|tensor_v2|tensor_v3|parameter|parameter_with_state)|torch\.\w+Storage"
     r"|torch\.storage\.(_LegacyStorage|TypedStorage|UntypedStorage)|torch\.nn\.parameter\.Parameter"
     r"|torch\.(Size|device|dtype|b?float\w*|u?int\d*|long|short|half|double|bool|strided)"
-    r"|torch\.serialization\._get_layout|collections\.OrderedDict|argparse\.Namespace|_codecs\.encode"
+    r"|torch\.serialization\._get_layout|collections\.(OrderedDict|Counter)|argparse\.Namespace|_codecs\.encode"
+    r"|(builtins|__builtin__)\.(bytearray|set|complex)"
 )
 _PUSHES_MEMO = ("BINGET", "LONG_BINGET", "GET")
 _WRITES_MEMO = ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE")
@@ -41,8 +42,8 @@ def refusal(path: Path, names: list[str]) -> UnsafeFileError:
     """The error for a torch file whose pickle needs more than tensors and plain containers."""
     asks = f"asks for {listed(names)}" if names else "holds pickle instructions that the safe loader refuses"
     return UnsafeFileError(
-        f"{path} {asks}: reading it would run code from outside a state dict (a whole pickled model, perhaps), so it "
-        f"was not read. {EXPORT_ADVICE}"
+        f"{path} {asks}: more than tensors and plain containers, such as a whole pickled model. Reading it could run "
+        f"any code, so it was not read. {EXPORT_ADVICE}"
     )
 
 

@@ -28,9 +28,15 @@ from collapse_probe.loading.content import (
 from collapse_probe.loading.npz import read_arrays
 from collapse_probe.loading.pickles import refusal
 
+_LONGEST_NAME = 200
 
-def read(path: Path) -> tuple[str, Any, dict[str, str]]:
+
+def read(path: Path, named_by: Path | None = None) -> tuple[str, Any, dict[str, str]]:
     """The format of a weights file, what was saved in it, and its text metadata (safetensors only).
+
+    Args:
+        path: the file.
+        named_by: the index that names it, which may not name another one.
 
     Raises:
         ModelError, DamagedFileError, UnsafeFileError: see :func:`collapse_probe.loading.content.recognise`; also where
@@ -43,6 +49,8 @@ def read(path: Path) -> tuple[str, Any, dict[str, str]]:
     if file_format == SAFETENSORS:
         return file_format, *_safetensors(path)
     if file_format == SAFETENSORS_INDEX:
+        if named_by is not None:
+            raise DamagedFileError(f"{named_by} names {path.name}, which is an index and holds no weights.")
         return file_format, _indexed(path), {}
     if file_format == NPZ:
         return file_format, read_arrays(path), {}
@@ -57,7 +65,7 @@ def shards(index: Path) -> list[Path]:
     """
     names = _weight_map(index).values()
     files = [index.parent / name for name in dict.fromkeys(names)]
-    missing = [file.name for file in files if not file.is_file()]
+    missing = [_short(file.name) for file in files if not _is_file(file)]
     if missing:
         raise DamagedFileError(
             f"{index} names {len(files)} files of weights, and {', '.join(missing[:3])} is missing beside it. Download "
@@ -72,16 +80,27 @@ def _weight_map(index: Path) -> dict[str, str]:
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         found = None
     names = found.values() if isinstance(found, dict) else ()
-    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+    if not names or not all(isinstance(name, str) and name and Path(name).name == name for name in names):
         raise DamagedFileError(f"{index} is a damaged index: its 'weight_map' must name files beside it by key.")
     return dict(found)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # no name that a file can have
+        return False
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}…"
 
 
 def _indexed(index: Path) -> dict[str, Tensor]:
     promised = _weight_map(index)
     state: dict[str, Tensor] = {}
     for file in shards(index):
-        file_format, content, _ = read(file) if file.suffix != ".json" else ("", None, {})
+        file_format, content, _ = read(file, named_by=index)
         if file_format not in (SAFETENSORS, TORCH_ZIP, TORCH_LEGACY) or not isinstance(content, Mapping):
             raise DamagedFileError(f"{index} names {file.name}, which holds no weights.")
         state.update(content)
@@ -115,7 +134,7 @@ def _torch(path: Path, file_format: str) -> Any:
         # torch's own text advises to switch the protection off; it is not repeated, nor chained.
         raise refusal(path, []) from None
     except Exception as error:  # the loader meets hostile or broken bytes with any exception type
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
         raise DamagedFileError(f"{path} is damaged: {reason}. Download or copy it again.") from None
 
 
@@ -132,9 +151,9 @@ def _tensors_in(path: Path, member: str) -> str:
         reader = torch._C.PyTorchFileReader(os.fspath(path))
         members = [f"{top}/{name}" for name in reader.get_all_records() if name.startswith("data/")]
         starts = {reader.get_record_offset(name.partition("/")[2]): name for name in members}  # type: ignore[attr-defined]
+        return _words(content, [starts[start] == member for start in sorted(starts)])
     except Exception:  # it is damaged, after all
         return ""
-    return _words(content, [starts[start] == member for start in sorted(starts)])
 
 
 def _words(content: Any, damaged: list[bool]) -> str:

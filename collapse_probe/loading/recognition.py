@@ -12,14 +12,15 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from timm.layers import get_act_layer
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
-from collapse_probe.errors import CollapseProbeError, WeightsMismatchError
+from collapse_probe.errors import WeightsMismatchError
 from collapse_probe.loading.anatomy import Anatomy, describe, heads_of, heads_shown
 from collapse_probe.loading.fit import fit_weights
 from collapse_probe.loading.signatures import on_meta, registered, shapes_of, signature
@@ -34,6 +35,22 @@ _NOT_COMPUTED = {"training", "init_values", "drop_prob", "p", "drop", "inplace",
 
 
 @dataclass(frozen=True)
+class Known:
+    """What is known of a model beside the keys and shapes of its weights.
+
+    Attributes:
+        heads: their number in each block; ``heads_from``: who says so.
+        activation: of the MLPs, by timm's name.
+        arguments: for the constructor.
+    """
+
+    heads: int | None = None
+    heads_from: str = ""
+    activation: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Candidate:
     """An architecture that takes the weights.
 
@@ -42,7 +59,6 @@ class Candidate:
         same: other names of the same network (they may differ in preprocessing).
         heads: per block, of all attention layers if they agree; ``heads_from``: what shows them, or that they are
             assumed.
-        mean: what its preprocessing subtracts, by which names of the same network may differ.
     """
 
     name: str
@@ -63,6 +79,8 @@ class Recognition:
 
     Attributes:
         candidates: networks that take the weights and differ in what they compute; exactly one where it is clear.
+        also: networks of another image size that take the weights, too, when built for theirs, and compute something
+            else than the candidate, which was made for it.
         anatomy: what keys and shapes tell, or None.
         nearest: names of architectures that are like it, where there is no candidate.
         mismatch: what does not fit the likeliest of them.
@@ -72,31 +90,32 @@ class Recognition:
     anatomy: Anatomy | None
     nearest: list[str] = field(default_factory=list)
     mismatch: str = ""
+    also: list[Candidate] = field(default_factory=list)
 
 
-def recognise_architecture(
-    state: Mapping[str, Tensor], num_heads: int | None = None, implied: Mapping[str, Any] | None = None
-) -> Recognition:
+def recognise_architecture(state: Mapping[str, Tensor], known: Known | None = None) -> Recognition:
     """Find the architecture of a state dict; values of the tensors are not looked at.
 
     Args:
         state: tensors by key; names of timm's or of an original release that timm converts.
-        num_heads: the number of heads, where the caller knows it.
-        implied: constructor arguments that are known of where the weights come from.
+        known: what the caller, the file or what lies beside it says.
     """
+    known = known or Known()
     empty = {key: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for key, tensor in state.items()}
     shapes = shapes_of(empty)
-    anatomy = describe(shapes)
-    given = dict(implied or {})
-    found: list[Candidate] = []
-    for proposals in _proposals(shapes, anatomy):
-        found = [
-            item
-            for name, arguments in proposals
-            if (item := _tried(name, {**arguments, **given}, empty, num_heads)) is not None
-        ]
-        if found:
-            break
+    anatomy = _described(shapes, known.arguments.get("img_size"))
+    proposals = _proposals(shapes, anatomy)
+
+    def tried() -> list[Candidate]:
+        found = (_tried(name, {**arguments, **known.arguments}, empty, known) for name, arguments in next(proposals))
+        return [item for item in found if item is not None]
+
+    exact, loose = tried(), tried()
+    if exact:
+        digests = {item.digest for item in exact}
+        others = _distinct([item for item in loose if item.digest not in digests], anatomy)
+        return Recognition(_distinct(exact, anatomy), anatomy, also=others)
+    found = loose or tried() or tried()
     if found:
         return Recognition(_distinct(found, anatomy), anatomy)
     nearest = _nearest(shapes)
@@ -110,13 +129,24 @@ def _proposals(
     """Names and arguments to try, the likelier ones first; later ones only matter where all before them fail."""
     own = signature(shapes)
     entries = list(registered())
-    yield [(name, {}) for name, entry in entries if entry.exact == own.exact]
-    yield [(name, _sizes(name, anatomy)) for name, entry in entries if entry.loose == own.loose]
-    if anatomy is not None:
-        yield _as_vit(shapes, anatomy)
+    exact = {name for name, entry in entries if entry.exact == own.exact}
+    yield [(name, {}) for name in sorted(exact)]
+    yield [(name, _sizes(name, anatomy)) for name, entry in entries if entry.loose == own.loose and name not in exact]
+    yield _as_vit(shapes, anatomy) if anatomy is not None else []
     numbers = signature(_visual(shapes)).numbers
     near = [(abs(entry.numbers / max(numbers, 1) - 1), name) for name, entry in entries]
     yield [(name, {}) for distance, name in sorted(near)[:_MOST_TRIALS] if distance < _NEAR]
+
+
+def _described(shapes: Mapping[str, tuple[int, ...]], img_size: Any) -> Anatomy | None:
+    """The anatomy, for images of this size where the caller knows it; None where shapes are those of no model."""
+    try:
+        anatomy = describe(shapes)
+    except (IndexError, ZeroDivisionError, ValueError, TypeError):
+        return None
+    if anatomy is None or anatomy.image is None or img_size is None:
+        return anatomy
+    return replace(anatomy, image=tuple(img_size) if isinstance(img_size, (list, tuple)) else (img_size, img_size))
 
 
 def _visual(shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:
@@ -133,13 +163,22 @@ def _sizes(name: str, anatomy: Anatomy | None) -> dict[str, Any]:
     if anatomy.channels not in (None, cfg.input_size[0]):
         arguments["in_chans"] = anatomy.channels
     if anatomy.image is not None and anatomy.image != tuple(cfg.input_size[1:]):
-        arguments["img_size"] = anatomy.image[0]
+        arguments["img_size"] = _img_size(anatomy.image)
     return arguments
 
 
+def _img_size(image: tuple[int, int]) -> int | list[int]:
+    return image[0] if image[0] == image[1] else list(image)
+
+
 def _as_vit(shapes: Mapping[str, tuple[int, ...]], anatomy: Anatomy) -> list[tuple[str, dict[str, Any]]]:
-    """A ViT or DeepViT of any size, by what is seen of it."""
+    """A ViT or DeepViT of any size, by what is seen of it.
+
+    Not without positions in the weights: rotary and fixed ones do not show, and are likelier than none.
+    """
     if anatomy.stages or anatomy.patch is None or anatomy.mlp_ratio is None or not anatomy.width:
+        return []
+    if anatomy.positions != "learnt":
         return []
     heads = anatomy.heads or next((anatomy.width // w for w in _HEAD_WIDTHS if not anatomy.width % w), None)
     arguments: dict[str, Any] = {
@@ -149,7 +188,7 @@ def _as_vit(shapes: Mapping[str, tuple[int, ...]], anatomy: Anatomy) -> list[tup
     if heads is None or anatomy.patch[0] != anatomy.patch[1]:
         return []
     if anatomy.image is not None:
-        arguments["img_size"] = anatomy.image[0]
+        arguments["img_size"] = _img_size(anatomy.image)
     if anatomy.re_attention or anatomy.conv_stem:
         whole = len(anatomy.re_attention) == anatomy.depth
         mixing = True if whole else anatomy.re_attention or False
@@ -158,7 +197,6 @@ def _as_vit(shapes: Mapping[str, tuple[int, ...]], anatomy: Anatomy) -> list[tup
         "class_token": anatomy.class_token, "reg_tokens": anatomy.registers, "qkv_bias": anatomy.qkv_bias,
         "qk_norm": anatomy.qk_norm, "pre_norm": anatomy.pre_norm,
         "init_values": 1e-5 if anatomy.layer_scale else None,
-        "pos_embed": "learn" if anatomy.positions == "learnt" else "none",
     }  # fmt: skip
     if anatomy.distillation_token:
         del arguments["class_token"], arguments["reg_tokens"]
@@ -173,29 +211,46 @@ def _as_vit(shapes: Mapping[str, tuple[int, ...]], anatomy: Anatomy) -> list[tup
     return [("vit_base_patch16_224", arguments)]
 
 
-def _tried(
-    name: str, arguments: dict[str, Any], state: Mapping[str, Tensor], num_heads: int | None
-) -> Candidate | None:
+def completed(name: str, arguments: Mapping[str, Any], known: Known) -> dict[str, Any]:
+    """The arguments, and what an architecture needs beside them to have the heads and activation that are known.
+
+    Raises:
+        Exception: of any kind, where timm cannot build it with these arguments.
+    """
+    found = dict(arguments)
+    try:
+        model = on_meta(name, **found)
+    except AssertionError:  # its own number of heads may not divide the width
+        if known.heads is None:
+            raise
+        found["num_heads"] = known.heads
+        model = on_meta(name, **found)
+    if known.heads is not None and heads_of(model) != {known.heads}:
+        found["num_heads"] = known.heads
+    if known.activation is not None and _activation(model) not in (None, _class_name(known.activation)):
+        found["act_layer"] = known.activation
+    return found
+
+
+def _activation(model: nn.Module) -> str | None:
+    """The class of the activation of the first MLP."""
+    return next((type(item).__name__ for path, item in model.named_modules() if path.endswith("mlp.act")), None)
+
+
+def _class_name(activation: str) -> str:
+    return str(getattr(get_act_layer(activation), "__name__", activation))
+
+
+def _tried(name: str, arguments: dict[str, Any], state: Mapping[str, Tensor], known: Known) -> Candidate | None:
     """The architecture if it takes the weights strictly, else None."""
     try:
+        arguments = completed(name, arguments, known)
         model = on_meta(name, **arguments)
-        if num_heads is not None and heads_of(model) != {num_heads}:
-            arguments = {**arguments, "num_heads": num_heads}
-            model = on_meta(name, **arguments)
         with torch.device("meta"):  # where converters and new classifiers make their tensors
             fit_weights(model, state, name)
-        heads, origin = _heads(model, state)
-    except (
-        CollapseProbeError,
-        RuntimeError,
-        AssertionError,
-        TypeError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        IndexError,
-    ):
-        return None  # arguments that it does not take, or weights that do not fit
+        heads, origin = _heads(model, state, known)
+    except Exception:  # weights that do not fit, or arguments that it does not take, of which timm says anything
+        return None
     return None if origin == "contradicted" else Candidate(name, arguments, _function(model), heads, origin)
 
 
@@ -212,7 +267,7 @@ def _mismatch(proposal: tuple[str, dict[str, Any]], state: Mapping[str, Tensor])
     return ""
 
 
-def _heads(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[int | None, str]:
+def _heads(model: nn.Module, state: Mapping[str, Tensor], known: Known) -> tuple[int | None, str]:
     own = heads_of(model)
     shown, origin = heads_shown(shapes_of(state))
     if shown is not None and own and shown not in own:
@@ -220,6 +275,8 @@ def _heads(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[int | None, s
     if shown is not None:
         return shown, origin
     heads = next(iter(own)) if len(own) == 1 else None
+    if known.heads is not None and heads == known.heads:
+        return heads, known.heads_from
     return heads, "assumed: the weights do not show it"
 
 

@@ -38,7 +38,10 @@ ROWS: dict[files.Generator, tuple[str, str]] = {
     files.safetensors_of_other_sizes: ("is a damaged safetensors file", "model.safetensors"),
     files.not_a_number: ("hold NaN or infinities: blocks.1.attn.proj.weight", "--allow-bad-weights"),
     files.zeros: ("one number throughout: blocks.1.attn.proj.weight", "--allow-bad-weights"),
-    files.no_weights: ("holds no state dict: its top level holds 'epoch', 'optimizer'", "--key"),
+    files.no_weights: (
+        "holds no state dict where one is looked for: its top level holds 'epoch', 'optimizer'",
+        "--key",
+    ),
     files.text: ("is not a checkpoint", "Expected a file written by torch.save"),
 }
 

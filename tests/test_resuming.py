@@ -133,7 +133,7 @@ def test_silent_heads_are_counted_once(tmp_path):
         np.testing.assert_array_equal(resumed.sums["A/heads/silent"], sums)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.sweep)])
 def test_unreadable_files_before_and_after_the_cut(tmp_path, workers):
     folder = pictures(tmp_path / "pictures", 240, broken={7, 190})
     model = vit().float()

@@ -129,7 +129,7 @@ def _choose(file: Path, examined: Examined, wanted: Wanted) -> Architecture:
         stored.pop("img_size", None)
     arguments = {**stored, **examined.known.arguments, **own}
     with suppress(Exception):  # what cannot be built is said when it is built
-        arguments = completed(name, arguments, examined.known)
+        arguments, _ = completed(name, arguments, examined.known)
     return Architecture(name, wanted.arch_from if wanted.arch else STORED, arguments)
 
 

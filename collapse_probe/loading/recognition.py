@@ -211,25 +211,28 @@ def _as_vit(shapes: Mapping[str, tuple[int, ...]], anatomy: Anatomy) -> list[tup
     return [("vit_base_patch16_224", arguments)]
 
 
-def completed(name: str, arguments: Mapping[str, Any], known: Known) -> dict[str, Any]:
+def completed(name: str, arguments: Mapping[str, Any], known: Known) -> tuple[dict[str, Any], nn.Module]:
     """The arguments, and what an architecture needs beside them to have the heads and activation that are known.
+
+    Returns:
+        The arguments, and the model that they give, without memory for its weights.
 
     Raises:
         Exception: of any kind, where timm cannot build it with these arguments.
     """
-    found = dict(arguments)
+    found, before = dict(arguments), dict(arguments)
     try:
         model = on_meta(name, **found)
     except AssertionError:  # its own number of heads may not divide the width
         if known.heads is None:
             raise
-        found["num_heads"] = known.heads
+        found["num_heads"] = before["num_heads"] = known.heads
         model = on_meta(name, **found)
     if known.heads is not None and heads_of(model) != {known.heads}:
         found["num_heads"] = known.heads
     if known.activation is not None and _activation(model) not in (None, _class_name(known.activation)):
         found["act_layer"] = known.activation
-    return found
+    return found, model if found == before else on_meta(name, **found)
 
 
 def _activation(model: nn.Module) -> str | None:
@@ -244,8 +247,7 @@ def _class_name(activation: str) -> str:
 def _tried(name: str, arguments: dict[str, Any], state: Mapping[str, Tensor], known: Known) -> Candidate | None:
     """The architecture if it takes the weights strictly, else None."""
     try:
-        arguments = completed(name, arguments, known)
-        model = on_meta(name, **arguments)
+        arguments, model = completed(name, arguments, known)
         with torch.device("meta"):  # where converters and new classifiers make their tensors
             fit_weights(model, state, name)
         heads, origin = _heads(model, state, known)

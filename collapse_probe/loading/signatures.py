@@ -19,6 +19,7 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -28,6 +29,13 @@ HEAD = re.compile(r"(head|heads|head_dist|fc|classifier|last_linear)\.")
 SIZED = re.compile(r"(^|[._])(pos_embed\w*|rel_pos_[hw]|relative_position_bias_table|attention_biases)$")
 # Made anew with every model, and absent from many files.
 _BUFFERS = re.compile(r"(relative_position_index|attn_mask|num_batches_tracked|attention_bias_idxs)$")
+
+
+# What initialisations are made of.
+_FILLS = {
+    Tensor.normal_, Tensor.uniform_, Tensor.erfinv_, Tensor.mul_, Tensor.add_, Tensor.clamp_, Tensor.fill_,
+    Tensor.zero_, Tensor.copy_, torch.nn.init.trunc_normal_,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,9 +67,20 @@ def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {key: tuple(tensor.shape) for key, tensor in state.items()}
 
 
+class _Uninitialised(TorchFunctionMode):
+    """Weights without memory are not filled: going through the motions takes ten times as long as all the rest."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _FILLS and args and isinstance(args[0], Tensor) and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
 def on_meta(name: str, **kwargs: object) -> nn.Module:
     """An architecture without memory for its weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), _Uninitialised():
         return timm.create_model(name, pretrained=False, **kwargs)
 
 

@@ -110,8 +110,8 @@ def files(folder):
     ("number", "code", "ended", "more"),
     [
         (signal.SIGINT, 130, "Interrupted.", ["-j", 2]),
-        (signal.SIGTERM, 143, "Terminated.", ["--shard", "1/1", "-q"]),
-        (signal.SIGTERM, 143, "Terminated.", ["-j", 2]),
+        pytest.param(signal.SIGTERM, 143, "Terminated.", ["--shard", "1/1", "-q"], marks=pytest.mark.sweep),
+        pytest.param(signal.SIGTERM, 143, "Terminated.", ["-j", 2], marks=pytest.mark.sweep),
     ],
     ids=["ctrl-c", "sigterm", "sigterm to workers, too"],
 )

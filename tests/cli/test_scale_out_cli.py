@@ -294,6 +294,7 @@ def test_under_torchrun_one_process_speaks_and_writes(shards, tmp_path):
     assert outcome(tmp_path / "run") == outcome(tmp_path / "merged")
 
 
+@pytest.mark.sweep
 def test_interrupted_under_torchrun_while_one_waits_for_the_other(tmp_path):
     process = torchrun(tmp_path, "hang")
     while not (tmp_path / "hanging").exists():

@@ -226,6 +226,7 @@ def test_what_is_named_twice_is_done_once(small):
     assert len(table) == (2 + 3) * 2 * 4 * 3
 
 
+@pytest.mark.sweep
 def test_ended_from_outside_it_leaves_no_process_behind(tmp_path):
     words = [word if word != "3" else "5000" for word in TINY] + ["--jobs", "2", "--out", str(tmp_path)]
     process = subprocess.Popen([sys.executable, str(EXAMPLES / "depth_study.py"), *words], stderr=subprocess.DEVNULL)

@@ -12,7 +12,7 @@ from collapse_probe.metrics import CrossLayerSimilarity
 
 LAYERS, HEADS, TOKENS = 4, 1, 5
 THRESHOLD = 0.72
-EXPERIMENTS, IMAGES = 250, 48
+EXPERIMENTS, IMAGES = 150, 48
 
 
 def population(images, generator):
@@ -45,7 +45,7 @@ def experiment(images, generator):
 
 @pytest.fixture(scope="module")
 def truth():
-    previous, columns, derived = experiment(12_000, torch.Generator().manual_seed(1))
+    previous, columns, derived = experiment(6_000, torch.Generator().manual_seed(1))
     return previous, columns, derived
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -138,18 +139,25 @@ class QueryKey:
     def write_columns(self, start: int, stop: int, out: Tensor) -> Tensor:
         """Write the columns key by key into a contiguous `out` `[B, H, stop-start, Q]`."""
         queries = self.shape[2]
-        q, k = self._computed(self.q).flatten(0, 1), self._computed(self.k[:, :, start:stop]).flatten(0, 1)
-        normalizer = self._log_normalizer()[:, :, None]
         allowed = self._allowed(slice(0, queries), slice(start, stop), out)
         flat = out.view(-1, stop - start, queries)
         if self.premix is not None:
+            q, k = self._computed(self.q).flatten(0, 1), self._computed(self.k[:, :, start:stop]).flatten(0, 1)
             torch.baddbmm(flat.new_zeros(()), k, q.mT, beta=0, alpha=self.scale, out=flat)
             logits = out if allowed is None else _plus(out, allowed.mT)
-            return torch.sub(self.premix(logits), normalizer, out=out).exp_()
-        torch.baddbmm(normalizer.flatten(0, 1), k, q.mT, beta=-1, alpha=self.scale, out=flat)
+            return torch.sub(self.premix(logits), self._log_normalizer()[:, :, None], out=out).exp_()
+        k = self._computed(self.k[:, :, start:stop]).flatten(0, 1)
+        torch.bmm(torch.cat([k, torch.ones_like(k[..., :1])], -1), self._normalised_queries.mT, out=flat)
         if allowed is not None:
             _periodic(out, allowed).add_(allowed.mT)
         return out.exp_()
+
+    @cached_property
+    def _normalised_queries(self) -> Tensor:
+        """Queries `[B H, Q, D + 1]` whose products with keys, a one behind each, are logits less the row's normaliser:
+        subtracting it afterwards would go over every logit once more."""
+        q, normalizer = self._computed(self.q) * self.scale, self._log_normalizer()[..., None]
+        return torch.cat([q, -normalizer], -1).flatten(0, 1)
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Probabilities of queries start..stop-1: `[B, H, stop-start, K]`."""

@@ -26,6 +26,9 @@ PAIR_BUDGET = 256 << 20
 
 PARTS = ("prefix", "patch")
 
+#: Blocks whose images are compared with each other for standard errors: the first so many, then every so many.
+PAIRED_BLOCKS, PAIRED_EVERY = 16, 4
+
 #: Products of summed unit columns, and how many pairs of images they hold.
 _Crossed = tuple[Tensor, Tensor]
 
@@ -73,7 +76,8 @@ class CrossLayerSimilarity(TileMetric):
     similarity holds the mask's pattern, which the layers of a group share. M does not: zeros add nothing to a cosine.
 
     Images are taken in blocks of four, those with the same ``index // 4``; pairs of images within complete blocks give
-    the standard errors of the image-independent part and the excess, which are absent (NaN) below eight images. Sums
+    the standard errors of the image-independent part and the excess, which are absent (NaN) below eight images. Of the
+    first 16 blocks all are compared in this way, of later ones every fourth: these are errors of errors. Sums
     of near pairs of layers are also kept for the replicates of a bootstrap, see :meth:`replicates`.
 
     Args:
@@ -130,6 +134,7 @@ class CrossLayerSimilarity(TileMetric):
         self.add_sum("histogram", "zero_columns", "nonfinite_columns", dtype=torch.int64)
         self._gathered: _Gathered | None = None
         self._index = torch.empty(0, dtype=torch.int64)
+        self._pairing = False
 
     @property
     def all_pairs(self) -> bool:
@@ -164,6 +169,9 @@ class CrossLayerSimilarity(TileMetric):
 
     def begin_block(self, maps: Sequence[MapLike], index: Tensor) -> None:  # noqa: ARG002
         self._index = index
+        block = int(index[0]) // BLOCK
+        paired = block < PAIRED_BLOCKS or block % PAIRED_EVERY == 0
+        self._pairing = len(index) == BLOCK and (paired or not self.all_pairs)
 
     # -- one tile ----------------------------------------------------------------------------------------------------
 
@@ -192,9 +200,10 @@ class CrossLayerSimilarity(TileMetric):
 
     def _add_reading(self, gathered: _Gathered, reading: int, tile: Tile, values: Tensor, exists: Tensor) -> None:
         values = self.here(values)
-        gathered.values[reading, tile.part] += values.sum((1, 2, 3), dtype=torch.float64)
-        over_images = values.sum(0).double()  # a few images of one block; the sum over blocks is in float64
-        self.by_head[reading] += over_images.sum((0, 2))
+        # Along one axis of a tile in its own dtype; everything that grows with tiles and images is in float64.
+        gathered.values[reading, tile.part] += values.sum(3).double().sum((1, 2))
+        over_images = values.sum(0)
+        self.by_head[reading] += over_images.sum(2).double().sum(0)
         self._of_tile(self.by_token[reading], 0, tile).add_(over_images.sum(1))
         by_image, by_head, by_token = _pair_counts(self.here(exists))
         gathered.counts[reading, tile.part] += by_image
@@ -219,7 +228,7 @@ class CrossLayerSimilarity(TileMetric):
     def _add_histogram(self, similarity: Tensor, exists: Tensor) -> None:
         layers = similarity.shape[-1]
         bins = _bins(similarity)
-        pairs = torch.arange(layers * layers, device=bins.device).view(layers, layers)
+        pairs = torch.arange(layers * layers, dtype=bins.dtype, device=bins.device).view(layers, layers)
         bins += pairs * HISTOGRAM_BINS
         if not exists.all():  # absent columns are counted in a bin of their own, behind all others
             both = exists.reshape(layers, -1).T
@@ -238,19 +247,25 @@ class CrossLayerSimilarity(TileMetric):
             ):
                 over_images = self.here(values.sum(1)).transpose(1, 2)  # [L, H, W, k, ...]
                 self._of_tile(state, 2, tile).add_(over_images)
-        if images == BLOCK:
+        if self._pairing:
             for target, parts in (
                 (gathered.crossed, (columns.deviation, columns.level)),
                 (gathered.crossed_counts, (columns.exists.to(columns.level.dtype),)),
             ):
                 for part in parts:
-                    rows = part.reshape(layers * images, -1)
-                    gram = self.wide(rows @ rows.T).view(layers, images, layers, images)
-                    target[tile.part] += gram.permute(1, 3, 0, 2)
+                    self._add_products(target[tile.part], part.reshape(layers, images, -1))
+
+    def _add_products(self, target: Tensor, rows: Tensor) -> None:
+        """Products of layers between different images: `rows` `[L, B, n]`, target `[B, B, L, L]`."""
+        for one in range(rows.shape[1] - 1):
+            for other in range(one + 1, rows.shape[1]):
+                product = self.wide(rows[:, one] @ rows[:, other].T)
+                target[one, other] += product
+                target[other, one] += product.T
 
     # -- one block of images -----------------------------------------------------------------------------------------
 
-    def fold(self, images: int) -> None:
+    def fold(self, images: int) -> None:  # noqa: ARG002
         gathered = self._gathered
         assert gathered is not None
         assert self.group is not None
@@ -261,7 +276,7 @@ class CrossLayerSimilarity(TileMetric):
             self.reading_moments[reading] += moments(values.transpose(0, 1) / columns, counts.transpose(0, 1) / columns)
         variation, counts = _with_total(gathered.variation, 0), _with_total(gathered.variation_counts, 0)
         self.variation_moments += moments(variation.transpose(0, 1) / columns, counts.transpose(0, 1) / columns)
-        if images == BLOCK:
+        if self._pairing:
             crossed, crossed_counts = _with_total(gathered.crossed, 0), _with_total(gathered.crossed_counts, 0)
             same, same_counts = _with_total(gathered.values[0], 0), _with_total(gathered.counts[0], 0)
             self.pair_sums += torch.stack(pair_sums(crossed, crossed_counts, same / same_counts))
@@ -327,12 +342,14 @@ class CrossLayerSimilarity(TileMetric):
             errors = pairs.errors_of_all_pairs(images, similarity_se)
         else:
             independent, errors = pairs.mean(), pairs.errors_of_blocks()
+        # The error over all pairs is itself known badly from few images; that over blocks is never smaller. Where not
+        # all blocks are paired the latter would be far too large.
+        whole = crossed is None or images <= PAIRED_BLOCKS * BLOCK
         freedom = pairs.blocks - 1
         ends = {
             name: interval(value, error, freedom)
             for name, value, error in (
-                # The error over all pairs is itself known badly from few images; that over blocks is never smaller.
-                ("image_independent", independent, pairs.errors_of_blocks()[0]),
+                ("image_independent", independent, pairs.errors_of_blocks()[0] if whole else errors[0]),
                 ("excess", similarity - independent, errors[1]),
             )
         }
@@ -430,7 +447,7 @@ def _nowhere(values: Tensor) -> Tensor:
 
 
 def _bins(similarity: Tensor) -> Tensor:
-    return ((similarity + 1) * (HISTOGRAM_BINS / 2)).long().clamp_(0, HISTOGRAM_BINS - 1)
+    return ((similarity + 1) * (HISTOGRAM_BINS / 2)).to(torch.int32).clamp_(0, HISTOGRAM_BINS - 1)
 
 
 def _either_side(near: Tensor) -> Tensor:

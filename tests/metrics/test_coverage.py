@@ -13,6 +13,7 @@ from collapse_probe.metrics import CrossLayerSimilarity
 LAYERS, HEADS, TOKENS = 4, 1, 5
 THRESHOLD = 0.72
 EXPERIMENTS, IMAGES = 150, 48
+MANY = 240  # so many that of their blocks only some are paired
 
 
 def population(images, generator):
@@ -55,6 +56,12 @@ def experiments():
     return [experiment(IMAGES, generator) for _ in range(EXPERIMENTS)]
 
 
+@pytest.fixture(scope="module")
+def many_images():
+    generator = torch.Generator().manual_seed(3)
+    return [experiment(MANY, generator) for _ in range(EXPERIMENTS)]
+
+
 def share_held(inside):
     return np.mean(inside, axis=0)
 
@@ -65,6 +72,25 @@ def test_two_standard_errors_hold_a_mean(truth, experiments, name):
     held = share_held([abs(own[name] - truth[0][name]) <= half * own[f"{name}_se"] for own, _, _ in experiments])
     assert (held >= 0.90).all(), held
     assert (held <= 0.99).all(), held
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", ["image_independent", "excess"])
+def test_intervals_hold_where_not_all_blocks_are_paired(truth, many_images, name):
+    held = share_held(
+        [(own[f"{name}_low"] <= truth[0][name]) & (truth[0][name] <= own[f"{name}_high"]) for own, _, _ in many_images]
+    )
+    assert (held >= 0.88).all(), held
+
+
+@pytest.mark.sweep
+def test_intervals_of_more_images_are_narrower(experiments, many_images):
+    width, wider = (
+        np.median([own["image_independent_high"] - own["image_independent_low"] for own, _, _ in runs], axis=0)
+        for runs in (many_images, experiments)
+    )
+    expected = (IMAGES / MANY) ** 0.5
+    assert (width < 1.3 * expected * wider).all(), width / wider
 
 
 @pytest.mark.parametrize("name", ["image_independent", "excess"])

@@ -31,6 +31,7 @@ from collapse_probe.metrics.functional import (
     similar_blocks,
     similarity_ratio,
 )
+from collapse_probe.metrics.functional.columns import decompose_columns
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
 UNIFORM = torch.full((2, 3, 2, 5, 5), 0.2, dtype=torch.float64)
@@ -212,3 +213,19 @@ def test_onset_is_where_the_last_run_begins(similar, expected):
 def test_wrong_arguments(call, message):
     with pytest.raises(UsageError, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_odd_columns_do_not_change_how_the_others_are_decomposed(dtype):
+    """Where no column is odd there is a shorter way."""
+    torch.manual_seed(0)
+    columns = torch.randn(3, 5, 7, dtype=dtype) * 0.1 + 0.2
+    columns[1, 2] = torch.tensor([1.0, -1, 2, -2, 3, -3, 0])  # its mean is zero, and it is not
+    plain = decompose_columns(columns.clone())
+    for odd in (0.0, 1e-20, torch.inf, torch.nan):
+        spoiled = torch.cat([columns, torch.full((1, 5, 7), odd, dtype=dtype)])
+        found = decompose_columns(spoiled)
+        for name, expected in plain._asdict().items():
+            torch.testing.assert_close(getattr(found, name)[:3], expected, atol=1e-6, rtol=1e-6)
+        assert found.exists[3].all() == (odd == 1e-20)
+    assert plain.exists.all()

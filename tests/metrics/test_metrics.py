@@ -445,3 +445,17 @@ def test_errors_are_absent_where_they_cannot_be_known():
     assert single["similarity_se"].isnan().all()
     assert single["image_independent"].isnan().all()
     assert single["similarity"].isfinite().all()
+
+
+def test_later_images_are_compared_with_each_other_in_every_fourth_block_only():
+    torch.manual_seed(0)
+    maps = torch.randn(2, 4, 1, 3, 3).softmax(-1)
+
+    def blocks(budget):
+        metric = CrossLayerSimilarity(pair_budget=budget)
+        for start in range(0, 4 * 24, 4):
+            metric.update(maps, torch.arange(start, start + 4))
+        return float(metric.pair_sums[0, 0, 0, 1])
+
+    assert blocks(1 << 20) == 16 + 2  # those at 16 and 20
+    assert blocks(0) == 24  # where the part itself is that of pairs within blocks

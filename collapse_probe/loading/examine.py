@@ -145,11 +145,12 @@ def examine(
 
 def _check_shapes(file: Path, state: Mapping[str, Tensor]) -> None:
     """Raises DamagedFileError for one process's share of weights that were cut up in training."""
+    matrices = [key for key in state if _MATRIX.search(key)]
+    flat = matrices if all(state[key].ndim < 2 for key in matrices) else []
     shares = [
         key
         for key, tensor in state.items()
-        if key.endswith(("weight", "bias", "flat_param"))
-        and (not tensor.numel() or key.endswith("flat_param") or (_MATRIX.search(key) and tensor.ndim < 2))
+        if key in flat or key.endswith("flat_param") or (key.endswith(("weight", "bias")) and not tensor.numel())
     ]
     if shares:
         raise DamagedFileError(

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from collapse_probe.allocator import kept_memory
 from collapse_probe.capture import (
     NOT_COMPARED,
     OUT_OF_ORDER,
@@ -166,6 +167,10 @@ class Run:
             ResourceError: memory does not hold one image.
             StartOver: memory ran out while sums were added to.
         """
+        with kept_memory():
+            self._through(model, batches, after_batch)
+
+    def _through(self, model: nn.Module, batches: Iterable[Batch], after_batch: Callable[[], None] | None) -> None:
         announced = False
         # A run may have been cut after its last batch, before it was asked whether that was enough.
         for batch in batches if not (self.done or self._precise_enough()) else ():

@@ -1,0 +1,48 @@
+"""Memory that is kept between batches."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import subprocess
+import sys
+
+import pytest
+
+_SCRIPT = """
+import resource
+from collapse_probe.allocator import kept_memory
+
+def fetched():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        block = bytearray(100 << 20)
+        del block
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def held():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() >> 20
+
+with kept_memory():
+    print(fetched(), held())
+print(fetched(), held())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc")
+def test_freed_blocks_are_used_again_and_given_back_at_the_end():
+    done = subprocess.run([sys.executable, "-c", _SCRIPT], capture_output=True, text=True, check=True)
+    (kept, while_kept), (fetched, afterwards) = (map(int, line.split()) for line in done.stdout.splitlines())
+    pages = (100 << 20) // resource.getpagesize()
+    assert kept < 2 * pages, "blocks were fetched anew each time"
+    assert fetched > 10 * pages, "the settings outlived the run"
+    assert while_kept > afterwards + 90, "memory was not given back"
+
+
+def test_other_c_libraries_are_left_alone(monkeypatch):
+    from collapse_probe import allocator
+
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda *_: pytest.fail("loaded a C library"))
+    with allocator.kept_memory():
+        pass

@@ -50,6 +50,7 @@ class Source(Protocol):
     def columns(self, start: int, stop: int) -> Tensor: ...
     def rows(self, start: int, stop: int) -> Tensor: ...
     def select(self, start: int, stop: int) -> Source: ...
+    def select_heads(self, start: int, stop: int) -> Source | None: ...
     def clone(self) -> Source: ...
     def admissible_keys(self) -> Tensor | None: ...
 
@@ -106,6 +107,19 @@ class QueryKey:
             log_normalizer=None if normalizer is None else normalizer[start:stop].to(dtype),
         )
 
+    def select_heads(self, start: int, stop: int) -> QueryKey | None:
+        """The same map for heads start..stop-1; None where the logits mix heads."""
+        if self.premix is not None:
+            return None
+        bias, normalizer = self.bias, self.log_normalizer
+        return replace(
+            self,
+            q=self.q[:, start:stop],
+            k=self.k[:, start:stop],
+            bias=bias if bias is None or bias.shape[1] == 1 else bias[:, start:stop],
+            log_normalizer=None if normalizer is None else normalizer[:, start:stop],
+        )
+
     def clone(self) -> QueryKey:
         normalizer = self.log_normalizer
         return replace(
@@ -146,8 +160,7 @@ class QueryKey:
             torch.baddbmm(flat.new_zeros(()), k, q.mT, beta=0, alpha=self.scale, out=flat)
             logits = out if allowed is None else _plus(out, allowed.mT)
             return torch.sub(self.premix(logits), self._log_normalizer()[:, :, None], out=out).exp_()
-        k = self._computed(self.k[:, :, start:stop]).flatten(0, 1)
-        torch.bmm(torch.cat([k, torch.ones_like(k[..., :1])], -1), self._normalised_queries.mT, out=flat)
+        torch.bmm(self._keys_and_one[:, start:stop], self._normalised_queries.mT, out=flat)
         if allowed is not None:
             _periodic(out, allowed).add_(allowed.mT)
         return out.exp_()
@@ -158,6 +171,11 @@ class QueryKey:
         subtracting it afterwards would go over every logit once more."""
         q, normalizer = self._computed(self.q) * self.scale, self._log_normalizer()[..., None]
         return torch.cat([q, -normalizer], -1).flatten(0, 1)
+
+    @cached_property
+    def _keys_and_one(self) -> Tensor:
+        k = self._computed(self.k)
+        return torch.cat([k, torch.ones_like(k[..., :1])], -1).flatten(0, 1)
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Probabilities of queries start..stop-1: `[B, H, stop-start, K]`."""
@@ -218,6 +236,9 @@ class Stored:
     def select(self, start: int, stop: int) -> Stored:
         return Stored(self.tensor[start:stop])
 
+    def select_heads(self, start: int, stop: int) -> Stored:
+        return Stored(self.tensor[:, start:stop])
+
     def clone(self) -> Stored:
         return Stored(self.tensor.clone())
 
@@ -255,6 +276,11 @@ class Combination:
 
     def select(self, start: int, stop: int) -> Combination:
         return Combination(tuple(item.select(start, stop) for item in self.sources), self.factors)
+
+    def select_heads(self, start: int, stop: int) -> Combination | None:
+        parts = [item.select_heads(start, stop) for item in self.sources]
+        known = tuple(item for item in parts if item is not None)
+        return Combination(known, self.factors) if len(known) == len(parts) else None
 
     def clone(self) -> Combination:
         return Combination(tuple(item.clone() for item in self.sources), self.factors)
@@ -429,6 +455,11 @@ class AttentionMap:
         start, stop = start * self.windows, stop * self.windows
         origin = None if self.origin is None else self.origin.select(start, stop)
         return replace(self, source=self.source.select(start, stop), origin=origin)
+
+    def select_heads(self, start: int, stop: int) -> AttentionMap | None:
+        """The same layer for heads start..stop-1; None where the model mixes heads, before its softmax or after it."""
+        source = self.source.select_heads(start, stop) if self.is_probability else None
+        return None if source is None else replace(self, source=source)
 
     def clone(self) -> AttentionMap:
         """The same map in memory of its own: parts of a batch would keep all of it alive."""

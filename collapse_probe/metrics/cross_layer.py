@@ -15,7 +15,7 @@ from torch import Tensor
 
 from collapse_probe.metrics.functional.columns import MIN_VARIATION
 from collapse_probe.metrics.functional.ratio import HISTOGRAM_BINS, SIMILAR, histogram_edge
-from collapse_probe.metrics.image_pairs import PairSums, pair_sums
+from collapse_probe.metrics.image_pairs import PairSums, block_sums, pair_sums
 from collapse_probe.metrics.moments import MOMENTS, interval, mean_and_error, moments
 from collapse_probe.metrics.replicates import REPLICATES, replicate_weights
 from collapse_probe.metrics.tile_metric import TileMetric
@@ -25,6 +25,9 @@ from collapse_probe.metrics.tiles import BLOCK, GroupShape, MapLike, Tile
 PAIR_BUDGET = 256 << 20
 
 PARTS = ("prefix", "patch")
+
+#: Up to so many layers all images of a block are multiplied with each other at once, measured.
+FEW_LAYERS = 16
 
 #: Blocks whose images are compared with each other for standard errors: the first so many, then every so many.
 PAIRED_BLOCKS, PAIRED_EVERY = 16, 4
@@ -41,7 +44,9 @@ class _Gathered:
     counts: Tensor  # the same
     variation: Tensor  # [parts, B, L]
     variation_counts: Tensor
-    crossed: Tensor  # [parts, B, B, L, L]: products of layer p's columns on image b with layer q's on image b'
+    # [parts, B, B, L, L]: products of layer p's columns on image b with layer q's on image b'; or their sums over all b
+    # and b' as [parts, 1, 1, L, L], where pairs within blocks are all that is summed.
+    crossed: Tensor
     crossed_counts: Tensor
     exceeding: Tensor  # [B, nearest, L]: columns whose M with the layer so many before is above the threshold
 
@@ -98,6 +103,7 @@ class CrossLayerSimilarity(TileMetric):
 
     name = "cross_layer_similarity"
     unit = BLOCK
+    heads_apart = True
     neighbours = ("similarity", "centred", "image_independent", "excess")
 
     reading_moments: Tensor
@@ -203,11 +209,11 @@ class CrossLayerSimilarity(TileMetric):
         # Along one axis of a tile in its own dtype; everything that grows with tiles and images is in float64.
         gathered.values[reading, tile.part] += values.sum(3).double().sum((1, 2))
         over_images = values.sum(0)
-        self.by_head[reading] += over_images.sum(2).double().sum(0)
+        self.by_head[reading, tile.heads] += over_images.sum(2).double().sum(0)
         self._of_tile(self.by_token[reading], 0, tile).add_(over_images.sum(1))
         by_image, by_head, by_token = _pair_counts(self.here(exists))
         gathered.counts[reading, tile.part] += by_image
-        self.by_head_counts[reading] += by_head
+        self.by_head_counts[reading, tile.heads] += by_head
         self._of_tile(self.by_token_counts[reading], 0, tile).add_(by_token)
 
     def _add_variation(self, gathered: _Gathered, tile: Tile, variation: Tensor, exists: Tensor) -> None:
@@ -215,7 +221,7 @@ class CrossLayerSimilarity(TileMetric):
         sums = torch.stack([self.wide(counted), self.wide(exists)]).sum((3, 5))  # [2, L, B, H]
         gathered.variation[tile.part] += sums[0].sum(2).T
         gathered.variation_counts[tile.part] += sums[1].sum(2).T
-        self.variation_by_head += sums.sum(2)
+        self.variation_by_head[:, :, tile.heads] += sums.sum(2)
 
     def _add_exceeding(self, gathered: _Gathered, similarity: Tensor, exists: Tensor) -> None:
         edge = histogram_edge(self.threshold)
@@ -246,19 +252,33 @@ class CrossLayerSimilarity(TileMetric):
                 (self.unit_counts, columns.exists),
             ):
                 over_images = self.here(values.sum(1)).transpose(1, 2)  # [L, H, W, k, ...]
-                self._of_tile(state, 2, tile).add_(over_images)
+                self._of_tile(state[:, tile.heads], 2, tile).add_(over_images)
         if self._pairing:
             for target, parts in (
                 (gathered.crossed, (columns.deviation, columns.level)),
                 (gathered.crossed_counts, (columns.exists.to(columns.level.dtype),)),
             ):
                 for part in parts:
-                    self._add_products(target[tile.part], part.reshape(layers, images, -1))
+                    # The sum over all pairs is a single product, of sums over images.
+                    rows = part.reshape(layers, images, -1) if self.all_pairs else part.sum(1).view(layers, 1, -1)
+                    self._add_products(target[tile.part], rows)
 
     def _add_products(self, target: Tensor, rows: Tensor) -> None:
         """Products of layers between different images: `rows` `[L, B, n]`, target `[B, B, L, L]`."""
-        for one in range(rows.shape[1] - 1):
-            for other in range(one + 1, rows.shape[1]):
+        layers, images = rows.shape[:2]
+        if layers <= FEW_LAYERS:  # one product, half of which is not needed, is faster than many narrow ones
+            flat = rows.flatten(0, 1)
+            target += (
+                self.wide(flat @ flat.T)
+                .unflatten(0, (layers, images))
+                .unflatten(2, (layers, images))
+                .permute(1, 3, 0, 2)
+            )
+            return
+        if images == 1:
+            target += self.wide(rows[:, 0] @ rows[:, 0].T)
+        for one in range(images - 1):
+            for other in range(one + 1, images):
                 product = self.wide(rows[:, one] @ rows[:, other].T)
                 target[one, other] += product
                 target[other, one] += product.T
@@ -279,7 +299,12 @@ class CrossLayerSimilarity(TileMetric):
         if self._pairing:
             crossed, crossed_counts = _with_total(gathered.crossed, 0), _with_total(gathered.crossed_counts, 0)
             same, same_counts = _with_total(gathered.values[0], 0), _with_total(gathered.counts[0], 0)
-            self.pair_sums += torch.stack(pair_sums(crossed, crossed_counts, same / same_counts))
+            if self.all_pairs:
+                sums = pair_sums(crossed, crossed_counts, same / same_counts)
+            else:
+                kernel = (crossed[:, 0, 0] - same.sum(1)) / (crossed_counts[:, 0, 0] - same_counts.sum(1))
+                sums = block_sums(kernel, (same / same_counts).mean(1))
+            self.pair_sums += torch.stack(sums)
         self._add_replicates(gathered)
 
     def _add_replicates(self, gathered: _Gathered) -> None:
@@ -419,14 +444,15 @@ class CrossLayerSimilarity(TileMetric):
         group = self.group
         assert group is not None
         pair = (group.layers, group.layers)
+        paired = images if self.all_pairs else 1
         zeros = self.images.new_zeros
         return _Gathered(
             values=zeros(2, group.parts, images, *pair),
             counts=zeros(2, group.parts, images, *pair),
             variation=zeros(group.parts, images, group.layers),
             variation_counts=zeros(group.parts, images, group.layers),
-            crossed=zeros(group.parts, images, images, *pair),
-            crossed_counts=zeros(group.parts, images, images, *pair),
+            crossed=zeros(group.parts, paired, paired, *pair),
+            crossed_counts=zeros(group.parts, paired, paired, *pair),
             exceeding=zeros(images, self._reach(group), group.layers),
         )
 

@@ -96,18 +96,41 @@ def pair_sums(crossed: Tensor, counts: Tensor, own: Tensor) -> PairSums:
     by_image = kernel.sum(2)
     squares = (kernel**2).sum((1, 2))
     mean = by_image.sum(1) / (size * (size - 1))
-    own_mean = own.mean(1)
-    block = PairSums(
-        blocks=torch.ones_like(mean),
-        kernel=mean,
-        kernel_squared=mean**2,
+    block = _of_means(mean, own.mean(1))._replace(
         shared=((by_image**2).sum(1) - squares) / (size * (size - 1) * (size - 2)),
         squared=squares / (size * (size - 1)),
-        own=own_mean,
-        own_squared=own_mean**2,
-        own_kernel=own_mean * mean,
         own_shared=(own * by_image).sum(1) / (size * (size - 1)),
     )
+    return _where_known(block)
+
+
+def block_sums(kernel: Tensor, own: Tensor) -> PairSums:
+    """One block's contribution where only sums over all its pairs are known, enough for :meth:`PairSums.mean` and
+    :meth:`PairSums.errors_of_blocks`.
+
+    Args:
+        kernel: `[parts, L, L]`, the mean over the block's pairs and columns, layer p on either image.
+        own: the same shape, the block's mean of M over its images.
+    """
+    return _where_known(_of_means((kernel + kernel.mT) / 2, own))
+
+
+def _of_means(kernel: Tensor, own: Tensor) -> PairSums:
+    nothing = torch.zeros_like(kernel)
+    return PairSums(
+        blocks=torch.ones_like(kernel),
+        kernel=kernel,
+        kernel_squared=kernel**2,
+        shared=nothing,
+        squared=nothing,
+        own=own,
+        own_squared=own**2,
+        own_kernel=own * kernel,
+        own_shared=nothing,
+    )
+
+
+def _where_known(block: PairSums) -> PairSums:
     # A block in which some image lacks every column of a layer says nothing about that layer.
-    valid = mean.isfinite() & own_mean.isfinite()
+    valid = block.kernel.isfinite() & block.own.isfinite()
     return PairSums(*(torch.where(valid, value, 0.0) for value in block))

@@ -53,6 +53,7 @@ class TileMetric(StreamingMetric):
     Attributes:
         map: ``"applied"`` for metrics on what multiplied the values, ``"softmax"`` for those that need probabilities:
             where a model mixes heads after its softmax these are taken underneath.
+        heads_apart: whether it sees each head without the others, so that a tile may hold some of them only.
 
     Args:
         prefix_tokens: leading key tokens that are not patches; only for maps given as tensors, since an
@@ -63,6 +64,7 @@ class TileMetric(StreamingMetric):
     """
 
     map: ClassVar[str] = "applied"
+    heads_apart: ClassVar[bool] = False
 
     sizes: Tensor
 
@@ -148,10 +150,11 @@ def feed(
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(maps[0].device.type, enabled=False):
         for metric in metrics:
             metric.open_group(group)
+        heads_apart = all(metric.heads_apart for metric in metrics)
         for block, numbers in image_blocks(maps, index):
             for metric in metrics:
                 metric.begin_block(block, numbers)
-            for tile in tiles(block, tile_bytes):
+            for tile in tiles(block, tile_bytes, heads_apart):
                 for metric in metrics:
                     metric.see_softmax(tile)
                 for metric in metrics:

@@ -28,6 +28,10 @@ BLOCK = 4
 #: Default size of a tile's columns in bytes, measured: smaller tiles make small products, larger ones leave the cache.
 TILE_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 
+#: Keys that a tile should hold at least, measured: products with fewer are slow. Where those of all heads would not fit
+#: and every metric sees heads one by one, tiles hold some of the heads.
+WIDE = 64
+
 
 class MapLike(Protocol):
     """What a metric needs of an attention map: see `collapse_probe.capture.AttentionMap`.
@@ -48,6 +52,7 @@ class MapLike(Protocol):
     def write_columns(self, start: int, stop: int, out: Tensor) -> Tensor: ...
     def admissible_keys(self) -> Tensor | None: ...
     def select(self, start: int, stop: int) -> MapLike: ...
+    def select_heads(self, start: int, stop: int) -> MapLike | None: ...
 
 
 @dataclass(frozen=True)
@@ -77,10 +82,12 @@ class GroupShape:
 
 @dataclass
 class Tile:
-    """Keys start..stop-1 of each window in every layer, for one block of images.
+    """Keys start..stop-1 of each window in every layer, for one block of images and all heads, or some that follow
+    each other.
 
     Attributes:
         start, stop: range of keys; it never straddles prefix tokens and patches.
+        first_head: the first of its heads.
         part: 0 for the first set of keys (prefix tokens where they are reported apart), 1 for the second.
         applied: columns of the maps that multiplied the values, `[L, B, W, H, k, Q]`, overwritten by `columns`.
         softmax: columns of the softmax maps, L tensors `[B, W, H, k, Q]`; parts of `applied` where they are the same.
@@ -89,9 +96,15 @@ class Tile:
 
     start: int
     stop: int
+    first_head: int
     part: int
     applied: Tensor
     softmax: list[Tensor] = field(repr=False)
+
+    @property
+    def heads(self) -> slice:
+        """Which of the applied maps' heads it holds."""
+        return slice(self.first_head, self.first_head + self.applied.shape[3])
 
     @cached_property
     def columns(self) -> Columns:
@@ -147,17 +160,37 @@ def runs(values: Tensor) -> Iterator[tuple[int, int]]:
         yield start, stop
 
 
-def tiles(maps: Sequence[MapLike], tile_bytes: int | None = None) -> Iterator[Tile]:
-    """All tiles of one block of images, in order of their keys.
+def tiles(maps: Sequence[MapLike], tile_bytes: int | None = None, heads_apart: bool = False) -> Iterator[Tile]:
+    """All tiles of one block of images, in order of their heads, where these are apart, and of their keys.
 
     Args:
         maps: L maps of the same shape.
         tile_bytes: aimed-at size of a tile's columns; by default what suits the device.
+        heads_apart: whether a tile may hold some of the heads only.
     """
-    shape = group_shape(maps)
-    images = image_count(maps[0])
-    dtype, device = maps[0].dtype, maps[0].device
-    width = _tile_width(shape, images, dtype.itemsize, tile_bytes or TILE_BYTES.get(device.type, TILE_BYTES["cpu"]))
+    shape, images = group_shape(maps), image_count(maps[0])
+    tile_bytes = tile_bytes or TILE_BYTES.get(maps[0].device.type, TILE_BYTES["cpu"])
+    width = _tile_width(shape, images, maps[0].dtype.itemsize, tile_bytes)
+    together = shape.heads
+    if heads_apart and width < min(WIDE, shape.keys) and maps_of_heads(maps, 0, 1) is not None:
+        groups = math.ceil(shape.heads / max(1, shape.heads * width // WIDE))
+        together = math.ceil(shape.heads / groups)
+    for first in range(0, shape.heads, together):
+        some = maps if together == shape.heads else maps_of_heads(maps, first, min(first + together, shape.heads))
+        assert some is not None
+        yield from _tiles_of_heads(some, first, images, tile_bytes)
+
+
+def maps_of_heads(maps: Sequence[MapLike], start: int, stop: int) -> list[MapLike] | None:
+    """The same layers for heads start..stop-1; None where some layer mixes heads."""
+    parts = [item.select_heads(start, stop) for item in maps]
+    known = [item for item in parts if item is not None]
+    return known if len(known) == len(parts) else None
+
+
+def _tiles_of_heads(maps: Sequence[MapLike], first_head: int, images: int, tile_bytes: int) -> Iterator[Tile]:
+    shape, dtype, device = group_shape(maps), maps[0].dtype, maps[0].device
+    width = _tile_width(shape, images, dtype.itemsize, tile_bytes)
     before, after = (shape.layers, images, shape.windows, shape.heads), (shape.queries,)
     buffer = torch.empty(math.prod((*before, width, *after)), dtype=dtype, device=device)
     start = 0
@@ -168,7 +201,7 @@ def tiles(maps: Sequence[MapLike], tile_bytes: int | None = None) -> Iterator[Ti
         applied = buffer[: math.prod(sizes)].view(sizes)
         softmaxes = [_write(item, start, stop, applied[layer]) for layer, item in enumerate(maps)]
         part = int(shape.parts == 2 and start >= shape.prefix_tokens)
-        yield Tile(start, stop, part, applied, softmaxes)
+        yield Tile(start, stop, first_head, part, applied, softmaxes)
         start = stop
 
 
@@ -199,6 +232,9 @@ class TensorMap:
 
     def select(self, start: int, stop: int) -> TensorMap:
         return replace(self, tensor=self.tensor[start * self.windows : stop * self.windows])
+
+    def select_heads(self, start: int, stop: int) -> TensorMap:
+        return replace(self, tensor=self.tensor[:, start:stop])
 
     @property
     def dtype(self) -> torch.dtype:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.modules import module as module_hooks
 
 from collapse_probe.capture import QueryKey, Stored, capture, layer_groups
+from collapse_probe.capture.attention_map import Combination, HeadMix
 from collapse_probe.capture.axes import Site
 from collapse_probe.capture.kernels import fused_sighting
 from collapse_probe.errors import UsageError
@@ -552,3 +553,30 @@ def test_the_package_is_callable_under_the_functions_name():
     with collapse_probe.capture(model) as captured:
         model(IMAGES)
     assert list(captured.maps) == ["blocks.0.attn"]
+
+
+@pytest.mark.parametrize(
+    ("name", "mixes"),
+    [("vit_tiny_patch16_224", False), ("swin_tiny_patch4_window7_224", False), ("cait_xxs24_224", True)],
+)
+def test_some_heads_of_a_map(name, mixes):
+    model = perturbed(timm.create_model(name, num_classes=3))
+    with torch.inference_mode(), capture(model) as captured:
+        model(torch.randn(2, 3, 224, 224))
+    for item in captured.maps.values():
+        if item.kind == "class":
+            continue
+        some = item.select_heads(1, 3)
+        assert (some is None) == mixes
+        if some is not None:
+            assert torch.equal(some.columns(2, 7), item.columns(2, 7)[:, 1:3])
+            assert torch.equal(some.rows(2, 7), item.rows(2, 7)[:, 1:3])
+
+
+def test_heads_that_logits_mix_are_not_apart():
+    q, k = torch.randn(2, 1, 3, 5, 4)
+    mixed = QueryKey(q, k, 0.5, premix=HeadMix(torch.eye(3), torch.zeros(3)))
+    assert mixed.select_heads(0, 1) is None
+    assert Combination((QueryKey(q, k, 0.5), mixed), (1.0, -0.5)).select_heads(0, 1) is None
+    difference = Combination((QueryKey(q, k, 0.5), QueryKey(k, q, 0.5)), (1.0, -0.5))
+    torch.testing.assert_close(difference.select_heads(1, 2).columns(0, 5), difference.columns(0, 5)[:, 1:2])

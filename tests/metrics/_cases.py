@@ -229,7 +229,7 @@ def _cross_layer_blocks(stream: Maps) -> dict[str, object]:
             unit = _units(stream.columns[:, block][..., own_part[end]])
             with np.errstate(invalid="ignore"):
                 crossed = np.einsum("pbhqt,rchqt->bcprht", unit, unit)[~np.eye(4, dtype=bool)]
-            parts.append(np.mean(_over(crossed, (-2, -1)), 0))
+            parts.append(_over(crossed, (0, -2, -1)))
             owns.append(value.values[block].mean(0))
         valid = np.isfinite(parts) & np.isfinite(owns) if kept else np.zeros((0, *value.values.shape[1:]), dtype=bool)
         each, own = (np.where(valid, item, 0.0) if kept else valid.astype(float) for item in (parts, owns))

@@ -23,7 +23,7 @@ from _reference import (
 )
 
 from collapse_probe.errors import UsageError
-from collapse_probe.metrics import AttentionEntropy, CrossHeadSimilarity, CrossLayerSimilarity
+from collapse_probe.metrics import AttentionEntropy, CrossHeadSimilarity, CrossLayerSimilarity, cross_layer
 from collapse_probe.metrics.replicates import replicate_weights
 from collapse_probe.metrics.tile_metric import feed
 from collapse_probe.metrics.tiles import TensorMap, image_blocks, tiles
@@ -299,6 +299,32 @@ def test_tiles_stay_within_their_bound():
         assert [start for start, _, _ in seen] == [0, *(stop for _, stop, _ in seen[:-1])]
         assert seen[-1][1] == 6
         assert all(size <= max(tile_bytes, one_key) for _, _, size in seen)
+
+
+def test_tiles_of_some_heads_hold_every_column_once():
+    """Where heads may be apart and all of them leave room for few keys."""
+    maps = torch.rand(2, 4, 5, 20, 70)
+    layers = [TensorMap(layer, 1) for layer in maps]
+    one_key = maps[..., 0].nbytes
+    for tile_bytes in (1, one_key, 40 * one_key, 1 << 30):
+        seen = torch.zeros(5, 70, dtype=torch.int64)
+        heads = set()
+        for tile in tiles(layers, tile_bytes, heads_apart=True):
+            columns = maps[:, :, tile.heads, :, tile.start : tile.stop].mT
+            assert torch.equal(tile.applied[:, :, 0], columns)
+            seen[tile.heads, tile.start : tile.stop] += 1
+            heads.add(tile.applied.shape[3])
+        assert (seen == 1).all()
+        assert heads == {1: {1}, one_key: {1}, 40 * one_key: {3, 2}, 1 << 30: {5}}[tile_bytes]
+
+
+@pytest.mark.parametrize("pair_budget", [0, 1 << 30])
+def test_images_are_paired_alike_for_few_and_many_layers(pair_budget, monkeypatch):
+    expected = run(CrossLayerSimilarity, MAPS, pair_budget=pair_budget)
+    monkeypatch.setattr(cross_layer, "FEW_LAYERS", 0)
+    out = run(CrossLayerSimilarity, MAPS, pair_budget=pair_budget)
+    assert out["image_independent_se"].isfinite().all()
+    assert_same(out, expected)
 
 
 def test_windows_must_share_out_the_batch():

@@ -86,12 +86,12 @@ class _Waiting:
 
     @classmethod
     def joined(cls, parts: list[_Waiting]) -> _Waiting:
-        """Consecutive images as one."""
+        """Consecutive images as one. The parts are let go layer by layer, so that no more than one is there twice."""
         first = parts[0]
         return cls(
             torch.cat([part.index for part in parts]),
-            {name: concatenate([part.maps[name] for part in parts]) for name in first.maps},
-            {name: concatenate_features([part.features[name] for part in parts]) for name in first.features},
+            {name: concatenate([part.maps.pop(name) for part in parts]) for name in list(first.maps)},
+            {name: concatenate_features([part.features.pop(name) for part in parts]) for name in list(first.features)},
             {
                 name: torch.cat([part.norms[name] for part in parts])
                 for name in first.norms

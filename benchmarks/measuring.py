@@ -1,0 +1,123 @@
+"""Time, memory and accuracy of a contender."""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from contenders import Batches, Contender, chosen, timm_model
+from torch import Tensor, nn
+
+from collapse_probe.capture import capture
+from collapse_probe.metrics import CrossLayerSimilarity
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured: a model, how many images of which size, on which device and in which dtype."""
+
+    model: str
+    images: int
+    batch: int
+    size: int
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int = 1
+
+    def batches(self, limit: int | None = None) -> Batches:
+        """Noise: speed does not depend on what is seen."""
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(min(self.images, limit or self.images), 3, self.size, self.size, generator=generator)
+        return list(images.to(self.device, getattr(torch, self.dtype)).split(self.batch))
+
+    def build(self, contender: Contender) -> nn.Module:
+        return contender.build(self.model).to(self.device, getattr(torch, self.dtype))
+
+
+def seconds_per_image(setting: Setting, contenders: dict[str, Contender], repeats: int) -> dict[str, list[float]]:
+    """Of every contender, in turn, so that a slow minute hits all of them; the first round warms up."""
+    models: dict[object, nn.Module] = {}
+    times: dict[str, list[float]] = {label: [] for label in contenders}
+    for repeat in range(repeats + 1):
+        for label, contender in contenders.items():
+            key = getattr(contender.build, "keywords", contender.build)
+            model = models.setdefault(str(key), setting.build(contender))
+            batches = setting.batches(contender.images)
+            _wait(setting.device)
+            start = time.perf_counter()
+            contender.run(model, batches)
+            _wait(setting.device)
+            if repeat:
+                times[label].append((time.perf_counter() - start) / sum(map(len, batches)))
+    return times
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_memory(setting: Setting, label: str, limit: int | None) -> int:
+    """Peak memory in bytes for so many images at most, in a process of its own: of the resident set on the CPU (Linux:
+    VmHWM), of the allocator on a GPU."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak, (setting, label, limit))
+
+
+def _peak(setting: Setting, label: str, limit: int | None) -> int:
+    torch.set_num_threads(setting.threads)
+    contender = chosen(setting.model)[label]
+    model, batches = setting.build(contender), setting.batches(limit)
+    if setting.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    contender.run(model, batches)
+    if setting.device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text().split()
+    return int(status[status.index("VmHWM:") + 1]) * 1024
+
+
+def largest_error(setting: Setting, heads: int = 2) -> float:
+    """Largest difference of M by head, tiled, from a float64 reference on the same queries and keys, over the first
+    image and its first heads. Weights are moved away from their initial values: near-uniform maps hide errors."""
+    model = timm_model(setting.model)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "qkv" in name:
+                parameter += torch.randn(parameter.shape, generator=generator) * 3 * parameter.std()
+    model = model.to(setting.device, getattr(torch, setting.dtype))
+    with torch.inference_mode(), capture(model) as captured:
+        model(setting.batches(1)[0][:1])
+    metric = CrossLayerSimilarity().to(setting.device)
+    metric.update(captured.maps)
+    found = metric.compute()["similarity_by_head"].cpu()
+    worst = 0.0
+    for head in range(heads):
+        unit = torch.stack([_unit_columns(item, head) for item in captured.maps.values()])  # [L, K, Q]
+        reference = torch.einsum("pkq,rkq->pr", unit, unit) / unit.shape[1]
+        worst = max(worst, float((found[:, :, head] - reference).abs().max()))
+    return worst
+
+
+def _unit_columns(item: object, head: int) -> Tensor:
+    """Columns of one head of the first image as unit vectors, `[K, Q]`, in float64 from queries and keys."""
+    source, mix = item.source, item.mix  # type: ignore[attr-defined]
+    logits = source.q[0].double() @ source.k[0].double().mT * source.scale if mix is not None else None
+    if logits is None:
+        maps = (source.q[0, head].double() @ source.k[0, head].double().mT * source.scale).softmax(-1)
+    else:
+        weights = mix.weight[head].double()
+        maps = torch.einsum("h,hqk->qk", weights, logits.softmax(-1)) + mix.bias.double()[head]
+    columns = maps.mT.cpu()
+    return columns / columns.norm(dim=-1, keepdim=True)
+
+
+def in_words(seconds: list[float]) -> tuple[float, str]:
+    """The median in milliseconds, and the spread."""
+    milli = sorted(1000 * value for value in seconds)
+    return statistics.median(milli), f"{milli[0]:.1f}..{milli[-1]:.1f}"

@@ -1,0 +1,115 @@
+"""What an analysis costs over a plain forward pass, beside what people use today.
+
+    python benchmarks/run.py --suite cpu            # about 25 minutes on two cores
+    python benchmarks/run.py --suite gpu --out benchmarks/results
+    python benchmarks/run.py --suite cpu --models vit_tiny_patch16_224 --repeats 3
+
+All contenders run on the same images in the same process, in turn, `repeats` times; printed are medians with their
+spread and ratios to the plain fused forward pass of the same run, memory above that pass, and the largest difference of
+M from a float64 reference. What is printed is also written to `--out`, with the machine's name, and the curves over
+images, tokens, layers, heads and batch size beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import platform
+import statistics
+from pathlib import Path
+
+import timm
+import torch
+from contenders import PLAIN, chosen
+from measuring import Setting, in_words, largest_error, peak_memory, seconds_per_image
+from scaling import draw, measure
+
+#: Model, pixels, images and batch of each row of a suite.
+SUITES = {
+    "cpu": [
+        ("vit_tiny_patch16_224", 224, 64, 32),
+        ("vit_small_patch16_224", 224, 64, 32),
+        ("vit_base_patch16_224", 224, 32, 32),
+        ("deepvit_32b", 224, 32, 32),
+        ("deepvit_vit_32b", 224, 32, 32),
+        ("vit_large_patch14_reg4_dinov2", 518, 4, 4),
+        ("vit_base_patch16_224@1024", 1024, 4, 4),
+    ],
+    "gpu": [
+        ("vit_tiny_patch16_224", 224, 1024, 256),
+        ("vit_small_patch16_224", 224, 1024, 128),
+        ("vit_base_patch16_224", 224, 512, 64),
+        ("deepvit_32b", 224, 256, 64),
+        ("deepvit_vit_32b", 224, 256, 64),
+        ("vit_large_patch14_reg4_dinov2", 518, 32, 8),
+        ("vit_base_patch16_224@1024", 1024, 8, 2),
+    ],
+}
+
+
+def machine(device: str, threads: int) -> str:
+    """What it ran on."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+             if line.startswith("model name")]  # fmt: skip
+    return f"{threads} threads of {names[0] if names else platform.processor()} ({platform.machine()})"
+
+
+def table(setting: Setting, repeats: int) -> str:
+    """All contenders on one model."""
+    contenders = chosen(setting.model)
+    times = seconds_per_image(setting, contenders, repeats)
+    base = statistics.median(times[PLAIN])
+    least = {limit: peak_memory(setting, PLAIN, limit) for limit in {item.images for item in contenders.values()}}
+    lines = [
+        f"{setting.model}: {setting.images} images of {setting.size} px in batches of {setting.batch}, {setting.dtype}",
+        f"{'':40}{'ms/image':>10}{'min..max':>20}{'ratio':>8}{'extra memory':>15}",
+    ]
+    for label, seconds in times.items():
+        middle, spread = in_words(seconds)
+        limit = contenders[label].images
+        memory = 0 if label == PLAIN else (peak_memory(setting, label, limit) - least[limit]) / 2**20
+        ratio = statistics.median(seconds) / base
+        lines.append(f"  {label:38}{middle:10.1f}{spread:>20}{ratio:8.2f}{memory:11.0f} MiB")
+    lines.append(f"  largest difference of M from float64: {largest_error(setting):.1e}")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", choices=SUITES, default="cpu")
+    parser.add_argument("--models", nargs="+", help="only these")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--images", type=int, help="at most so many of each model")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, help="folder for the text and the figure")
+    parser.add_argument("--no-scaling", action="store_true", help="leave the curves out")
+    options = parser.parse_args()
+    device, dtype = ("cuda", "bfloat16") if options.suite == "gpu" else ("cpu", "float32")
+    torch.set_num_threads(options.threads)
+    parts = [
+        f"{machine(device, options.threads)}, torch {torch.__version__}, timm {timm.__version__}",
+        f"median of {options.repeats}; suite {options.suite}\n",
+    ]
+    print("\n".join(parts), flush=True)
+    for model, size, images, batch in SUITES[options.suite]:
+        if options.models and model not in options.models:
+            continue
+        images = min(images, options.images or images)
+        setting = Setting(model, images, min(batch, images), size, device, dtype, options.threads)
+        parts.append(table(setting, options.repeats if size < 500 else math.ceil(options.repeats / 2)))
+        print(parts[-1], flush=True)
+    if not options.no_scaling:
+        curves = measure(device, dtype, options.threads, options.repeats)
+        parts.append(curves.to_string(index=False, float_format="{:.2f}".format) + "\n")
+        print(parts[-1], flush=True)
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / f"{options.suite}.txt").write_text("\n".join(parts), encoding="utf-8")
+        if not options.no_scaling:
+            draw(curves, options.out / f"{options.suite}_scaling.png", parts[0])
+
+
+if __name__ == "__main__":
+    main()

@@ -94,17 +94,15 @@ class QueryKey:
         return torch.promote_types(self.q.dtype, torch.float32)
 
     def select(self, start: int, stop: int) -> QueryKey:
-        """The same map for images start..stop-1, in the dtype that it is computed in."""
-        dtype = torch.promote_types(self.q.dtype, torch.float32)
         bias, normalizer = self.bias, self.log_normalizer
         if bias is not None and bias.shape[0] not in (1, self.windows):
             bias = bias[start:stop]
         return replace(
             self,
-            q=self.q[start:stop].to(dtype),
-            k=self.k[start:stop].to(dtype),
+            q=self.q[start:stop],
+            k=self.k[start:stop],
             bias=bias,
-            log_normalizer=None if normalizer is None else normalizer[start:stop].to(dtype),
+            log_normalizer=None if normalizer is None else normalizer[start:stop],
         )
 
     def select_heads(self, start: int, stop: int) -> QueryKey | None:
@@ -402,6 +400,17 @@ class AttentionMap:
     def softmax(self) -> AttentionMap:
         """The softmax map underneath; the map itself where nothing was applied after the softmax."""
         return replace(self, source=self.origin or self.source, mix=None, origin=None)
+
+    def queries_and_keys(self) -> tuple[Tensor, Tensor, Tensor | None, float] | None:
+        """Queries `[B, H, Q, D]`, keys `[B, H, K, D]`, the log of each row's sum of exponentials `[B, H, Q]` where a
+        kernel returned it, and the factor of their products; None where the map is more than a softmax of these, or
+        stays within windows."""
+        source = self.source
+        if not isinstance(source, QueryKey) or not self.is_probability or self.windows > 1:
+            return None
+        if source.bias is not None or source.causal or source.premix is not None:
+            return None
+        return source.q, source.k, source.log_normalizer, source.scale
 
     def materialize(self) -> Tensor:
         """The whole map, `[B, H, Q, K]`, float32 or wider."""

@@ -16,10 +16,18 @@ from torch import Tensor
 from collapse_probe.metrics.functional.columns import MIN_VARIATION
 from collapse_probe.metrics.functional.ratio import HISTOGRAM_BINS, SIMILAR, histogram_edge
 from collapse_probe.metrics.image_pairs import PairSums, block_sums, pair_sums
+from collapse_probe.metrics.layer_kernels import (
+    LayerProducts,
+    add_unit_columns,
+    image_products,
+    layer_products,
+    layers_of,
+    usable,
+)
 from collapse_probe.metrics.moments import MOMENTS, interval, mean_and_error, moments
 from collapse_probe.metrics.replicates import REPLICATES, replicate_weights
 from collapse_probe.metrics.tile_metric import TileMetric
-from collapse_probe.metrics.tiles import BLOCK, GroupShape, MapLike, Tile
+from collapse_probe.metrics.tiles import BLOCK, GroupShape, KeyRange, MapLike, Tile, key_ranges, runs
 
 #: Largest state, in bytes, with which the image-independent part is summed exactly over all pairs of images.
 PAIR_BUDGET = 256 << 20
@@ -38,14 +46,14 @@ _Crossed = tuple[Tensor, Tensor]
 
 @dataclass
 class _Gathered:
-    """Sums over the tiles seen so far of one block of B images; the first axis is the part of the keys."""
+    """Sums over the tiles seen so far of B images: one block, or several; the first axis is the part of the keys."""
 
     values: Tensor  # [2 readings, parts, B, L, L]
     counts: Tensor  # the same
     variation: Tensor  # [parts, B, L]
     variation_counts: Tensor
-    # [parts, B, B, L, L]: products of layer p's columns on image b with layer q's on image b'; or their sums over all b
-    # and b' as [parts, 1, 1, L, L], where pairs within blocks are all that is summed.
+    # [blocks, parts, 4, 4, L, L]: products of layer p's columns on image b with layer q's on b' of the same block; or
+    # their sums over all b and b' as [blocks, parts, 1, 1, L, L], where pairs within blocks are all that is summed.
     crossed: Tensor
     crossed_counts: Tensor
     exceeding: Tensor  # [B, nearest, L]: columns whose M with the layer so many before is above the threshold
@@ -140,7 +148,7 @@ class CrossLayerSimilarity(TileMetric):
         self.add_sum("histogram", "zero_columns", "nonfinite_columns", dtype=torch.int64)
         self._gathered: _Gathered | None = None
         self._index = torch.empty(0, dtype=torch.int64)
-        self._pairing = False
+        self._paired: list[tuple[int, int]] = []  # which of the images form complete blocks that are compared
 
     @property
     def all_pairs(self) -> bool:
@@ -175,36 +183,85 @@ class CrossLayerSimilarity(TileMetric):
 
     def begin_block(self, maps: Sequence[MapLike], index: Tensor) -> None:  # noqa: ARG002
         self._index = index
-        block = int(index[0]) // BLOCK
-        paired = block < PAIRED_BLOCKS or block % PAIRED_EVERY == 0
-        self._pairing = len(index) == BLOCK and (paired or not self.all_pairs)
+        self._paired = [
+            run for run in runs(index // BLOCK) if run[1] - run[0] == BLOCK and self._pairs(int(index[run[0]]))
+        ]
+
+    def _pairs(self, image: int) -> bool:
+        """Whether the images of the block that this one belongs to are compared with each other."""
+        block = image // BLOCK
+        return block < PAIRED_BLOCKS or block % PAIRED_EVERY == 0 or not self.all_pairs
+
+    # -- straight from queries and keys --------------------------------------------------------------------------------
+
+    def reads_maps(self, maps: Sequence[MapLike]) -> bool:
+        return usable(maps) and self.images.device == maps[0].device
+
+    def see_maps(self, maps: Sequence[MapLike], tile_bytes: int | None) -> None:
+        layers = layers_of(maps)
+        blocks = [layers.select(*run) for run in self._paired]
+        gathered = self._gathered = self._empty(layers.shape[0])
+        for keys in key_ranges(maps, tile_bytes):
+            found = layer_products(layers, keys.start, keys.stop)
+            by_layer = (found.level, found.variation, found.exists, found.finite)
+            level, variation, exists, finite = (item.permute(3, 0, 1, 2).unsqueeze(2) for item in by_layer)
+            if self.all_pairs:
+                add_unit_columns(layers, found, keys.start, keys.stop, self.unit_sum[:, :, keys.start : keys.stop])
+                self._add_over_images(self.unit_level_sum, keys, level)
+                self._add_over_images(self.unit_counts, keys, exists)
+            for (start, stop), block, crossed, counts in zip(
+                self._paired, blocks, gathered.crossed, gathered.crossed_counts, strict=True
+            ):
+                part = LayerProducts(*(item[start:stop] for item in found))
+                between = image_products(block, part, keys.start, keys.stop)
+                crossed[keys.part] += between if self.all_pairs else between.sum((0, 1))
+                self._add_between(counts[keys.part], exists[:, start:stop].to(level.dtype))
+            self._add_columns(keys, found.products.flatten(0, 2), level, variation, exists, finite)
 
     # -- one tile ----------------------------------------------------------------------------------------------------
 
     def see(self, tile: Tile) -> None:
         columns = tile.columns
-        deviation = columns.deviation
-        layers, images, windows, heads, width, queries = deviation.shape
-        flat = deviation.reshape(layers, -1, queries).transpose(0, 1)
-        centred = torch.bmm(flat, flat.mT)
-        level = columns.level.reshape(layers, -1).T
-        similarity = torch.addcmul(centred, level[:, :, None], level[:, None, :]).clamp_(-1, 1)
-        defined = columns.centred_exists(self.min_variation)
-        inverse = columns.variation.reciprocal().masked_fill_(~defined, 0.0).reshape(layers, -1).T
+        layers, queries = columns.deviation.shape[0], columns.deviation.shape[-1]
+        flat = columns.deviation.reshape(layers, -1, queries).transpose(0, 1)
+        products = torch.bmm(flat, flat.mT)
+        gathered = self._add_columns(tile, products, columns.level, columns.variation, columns.exists, columns.finite)
+        if self.all_pairs:
+            for state, values in (
+                (self.unit_sum, columns.deviation),
+                (self.unit_level_sum, columns.level),
+                (self.unit_counts, columns.exists),
+            ):
+                self._add_over_images(state, tile, values)
+        for (start, stop), crossed, counts in zip(self._paired, gathered.crossed, gathered.crossed_counts, strict=True):
+            self._add_between(crossed[tile.part], columns.deviation[:, start:stop])
+            self._add_between(crossed[tile.part], columns.level[:, start:stop])
+            self._add_between(counts[tile.part], columns.exists[:, start:stop].to(columns.level.dtype))
+
+    def _add_columns(
+        self, keys: KeyRange, centred: Tensor, level: Tensor, variation: Tensor, exists: Tensor, finite: Tensor
+    ) -> _Gathered:
+        """Add columns with B images, W windows, H heads and k keys: products of their deviations between all layers
+        `[B * W * H * k, L, L]`, which are overwritten, and what else `Columns` holds, `[L, B, W, H, k]` each."""
+        layers, images = level.shape[:2]
+        flat_level = level.reshape(layers, -1).T
+        similarity = torch.addcmul(centred, flat_level[:, :, None], flat_level[:, None, :]).clamp_(-1, 1)
+        defined = exists & (variation >= self.min_variation)
+        inverse = variation.reciprocal().masked_fill_(~defined, 0.0).reshape(layers, -1).T
         centred.mul_(inverse[:, :, None]).mul_(inverse[:, None, :]).clamp_(-1, 1)
 
         gathered = self._gathered = self._gathered or self._empty(images)
-        by_column = (images, windows, heads, width, layers, layers)
-        for reading, (values, exists) in enumerate(((similarity, columns.exists), (centred, defined))):
-            self._add_reading(gathered, reading, tile, values.view(by_column), exists)
-        self._add_variation(gathered, tile, columns.variation, columns.exists)
-        self._add_exceeding(gathered, similarity.view(by_column), columns.exists)
-        self._add_histogram(similarity, columns.exists)
-        self.zero_columns += self.here((columns.finite & ~columns.exists).sum((1, 2, 3, 4)))
-        self.nonfinite_columns += self.here((~columns.finite).sum((1, 2, 3, 4)))
-        self._add_pairs(gathered, tile)
+        by_column = (*level.shape[1:], layers, layers)
+        for reading, (values, there) in enumerate(((similarity, exists), (centred, defined))):
+            self._add_reading(gathered, reading, keys, values.view(by_column), there)
+        self._add_variation(gathered, keys, variation, exists)
+        self._add_exceeding(gathered, similarity.view(by_column), exists)
+        self._add_histogram(similarity, exists)
+        self.zero_columns += self.here((finite & ~exists).sum((1, 2, 3, 4)))
+        self.nonfinite_columns += self.here((~finite).sum((1, 2, 3, 4)))
+        return gathered
 
-    def _add_reading(self, gathered: _Gathered, reading: int, tile: Tile, values: Tensor, exists: Tensor) -> None:
+    def _add_reading(self, gathered: _Gathered, reading: int, tile: KeyRange, values: Tensor, exists: Tensor) -> None:
         values = self.here(values)
         # Along one axis of a tile in its own dtype; everything that grows with tiles and images is in float64.
         gathered.values[reading, tile.part] += values.sum(3).double().sum((1, 2))
@@ -216,7 +273,7 @@ class CrossLayerSimilarity(TileMetric):
         self.by_head_counts[reading, tile.heads] += by_head
         self._of_tile(self.by_token_counts[reading], 0, tile).add_(by_token)
 
-    def _add_variation(self, gathered: _Gathered, tile: Tile, variation: Tensor, exists: Tensor) -> None:
+    def _add_variation(self, gathered: _Gathered, tile: KeyRange, variation: Tensor, exists: Tensor) -> None:
         counted = variation.masked_fill(~exists, 0.0)
         sums = torch.stack([self.wide(counted), self.wide(exists)]).sum((3, 5))  # [2, L, B, H]
         gathered.variation[tile.part] += sums[0].sum(2).T
@@ -236,32 +293,27 @@ class CrossLayerSimilarity(TileMetric):
         bins = _bins(similarity)
         pairs = torch.arange(layers * layers, dtype=bins.dtype, device=bins.device).view(layers, layers)
         bins += pairs * HISTOGRAM_BINS
-        if not exists.all():  # absent columns are counted in a bin of their own, behind all others
+        on_gpu = exists.device.type == "cuda"
+        if on_gpu or not exists.all():  # absent columns are counted in a bin of their own, behind all others
             both = exists.reshape(layers, -1).T
             bins.masked_fill_(~(both[:, :, None] & both[:, None, :]), layers * layers * HISTOGRAM_BINS)
-        self.histogram += self.here(bins.flatten().bincount(minlength=self.histogram.numel()))
+        if on_gpu and self.histogram.device == bins.device:  # bincount would wait for the device
+            places = bins.flatten().long()
+            self.histogram.scatter_add_(0, places, torch.ones_like(places))
+        else:
+            self.histogram += self.here(bins.flatten().bincount(minlength=self.histogram.numel()))
 
-    def _add_pairs(self, gathered: _Gathered, tile: Tile) -> None:
-        """Sum unit columns over images, and multiply them between the images of a complete block."""
-        columns = tile.columns
-        layers, images = columns.level.shape[:2]
-        if self.all_pairs:
-            for state, values in (
-                (self.unit_sum, columns.deviation),
-                (self.unit_level_sum, columns.level),
-                (self.unit_counts, columns.exists),
-            ):
-                over_images = self.here(values.sum(1)).transpose(1, 2)  # [L, H, W, k, ...]
-                self._of_tile(state[:, tile.heads], 2, tile).add_(over_images)
-        if self._pairing:
-            for target, parts in (
-                (gathered.crossed, (columns.deviation, columns.level)),
-                (gathered.crossed_counts, (columns.exists.to(columns.level.dtype),)),
-            ):
-                for part in parts:
-                    # The sum over all pairs is a single product, of sums over images.
-                    rows = part.reshape(layers, images, -1) if self.all_pairs else part.sum(1).view(layers, 1, -1)
-                    self._add_products(target[tile.part], rows)
+    def _add_over_images(self, state: Tensor, tile: KeyRange, values: Tensor) -> None:
+        over_images = self.here(values.sum(1)).transpose(1, 2)  # [L, H, W, k, ...]
+        self._of_tile(state[:, tile.heads], 2, tile).add_(over_images)
+
+    def _add_between(self, target: Tensor, part: Tensor) -> None:
+        """Multiply the columns of a block's images with each other, `[L, B, ...]`; target as in :class:`_Gathered`."""
+        layers, images = part.shape[:2]
+        # The sum over all pairs is a single product, of sums over images.
+        self._add_products(
+            target, part.reshape(layers, images, -1) if self.all_pairs else part.sum(1).view(layers, 1, -1)
+        )
 
     def _add_products(self, target: Tensor, rows: Tensor) -> None:
         """Products of layers between different images: `rows` `[L, B, n]`, target `[B, B, L, L]`."""
@@ -296,9 +348,11 @@ class CrossLayerSimilarity(TileMetric):
             self.reading_moments[reading] += moments(values.transpose(0, 1) / columns, counts.transpose(0, 1) / columns)
         variation, counts = _with_total(gathered.variation, 0), _with_total(gathered.variation_counts, 0)
         self.variation_moments += moments(variation.transpose(0, 1) / columns, counts.transpose(0, 1) / columns)
-        if self._pairing:
-            crossed, crossed_counts = _with_total(gathered.crossed, 0), _with_total(gathered.crossed_counts, 0)
-            same, same_counts = _with_total(gathered.values[0], 0), _with_total(gathered.counts[0], 0)
+        for place, (start, stop) in enumerate(self._paired):
+            crossed = _with_total(gathered.crossed[place], 0)
+            crossed_counts = _with_total(gathered.crossed_counts[place], 0)
+            same = _with_total(gathered.values[0, :, start:stop], 0)
+            same_counts = _with_total(gathered.counts[0, :, start:stop], 0)
             if self.all_pairs:
                 sums = pair_sums(crossed, crossed_counts, same / same_counts)
             else:
@@ -444,15 +498,15 @@ class CrossLayerSimilarity(TileMetric):
         group = self.group
         assert group is not None
         pair = (group.layers, group.layers)
-        paired = images if self.all_pairs else 1
+        paired = (len(self._paired), group.parts, *((BLOCK,) * 2 if self.all_pairs else (1, 1)), *pair)
         zeros = self.images.new_zeros
         return _Gathered(
             values=zeros(2, group.parts, images, *pair),
             counts=zeros(2, group.parts, images, *pair),
             variation=zeros(group.parts, images, group.layers),
             variation_counts=zeros(group.parts, images, group.layers),
-            crossed=zeros(group.parts, paired, paired, *pair),
-            crossed_counts=zeros(group.parts, paired, paired, *pair),
+            crossed=zeros(paired),
+            crossed_counts=zeros(paired),
             exceeding=zeros(images, self._reach(group), group.layers),
         )
 
@@ -460,7 +514,7 @@ class CrossLayerSimilarity(TileMetric):
         """Up to how far apart layers are near each other."""
         return min(self.nearest, group.layers - 1)
 
-    def _of_tile(self, state: Tensor, axis: int, tile: Tile) -> Tensor:
+    def _of_tile(self, state: Tensor, axis: int, tile: KeyRange) -> Tensor:
         """The part of a state that a tile adds to, its axis of W * K columns as two: windows, and the tile's keys."""
         assert self.group is not None
         by_window = state.unflatten(axis, (self.group.windows, self.group.keys))

@@ -126,6 +126,14 @@ class TileMetric(StreamingMetric):
     def begin_block(self, maps: Sequence[MapLike], index: Tensor) -> None:
         """Learn what is needed of a block's maps beside their columns, and which images they are of."""
 
+    def reads_maps(self, maps: Sequence[MapLike]) -> bool:  # noqa: ARG002
+        """Whether these maps are measured without their columns, all images of a batch at once."""
+        return False
+
+    def see_maps(self, maps: Sequence[MapLike], tile_bytes: int | None) -> None:
+        """Gather what this metric needs of maps that it reads itself."""
+        raise NotImplementedError
+
     def see_softmax(self, tile: Tile) -> None:
         """Gather what this metric needs of the softmax columns, before anyone decomposes and so overwrites them."""
 
@@ -150,6 +158,12 @@ def feed(
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(maps[0].device.type, enabled=False):
         for metric in metrics:
             metric.open_group(group)
+        if all(metric.reads_maps(maps) for metric in metrics):
+            for metric in metrics:
+                metric.begin_block(maps, index)
+                metric.see_maps(maps, tile_bytes)
+                metric.finish_block(len(index))
+            return
         heads_apart = all(metric.heads_apart for metric in metrics)
         for block, numbers in image_blocks(maps, index):
             for metric in metrics:

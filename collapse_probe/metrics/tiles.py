@@ -51,6 +51,7 @@ class MapLike(Protocol):
     def device(self) -> torch.device: ...
     def write_columns(self, start: int, stop: int, out: Tensor) -> Tensor: ...
     def admissible_keys(self) -> Tensor | None: ...
+    def queries_and_keys(self) -> tuple[Tensor, Tensor, Tensor | None, float] | None: ...
     def select(self, start: int, stop: int) -> MapLike: ...
     def select_heads(self, start: int, stop: int) -> MapLike | None: ...
 
@@ -78,6 +79,32 @@ class GroupShape:
     def parts(self) -> int:
         """Sets of keys that are reported apart: prefix tokens and patches where both exist."""
         return 2 if 0 < self.prefix_tokens < self.keys else 1
+
+
+class KeyRange(Protocol):
+    """Keys start..stop-1 of each window, which are all of the same part, in some heads."""
+
+    @property
+    def start(self) -> int: ...
+    @property
+    def stop(self) -> int: ...
+    @property
+    def part(self) -> int: ...
+    @property
+    def heads(self) -> slice: ...
+
+
+@dataclass(frozen=True)
+class AllHeads:
+    """Such keys in all heads."""
+
+    start: int
+    stop: int
+    part: int
+
+    @property
+    def heads(self) -> slice:
+        return slice(None)
 
 
 @dataclass
@@ -193,15 +220,28 @@ def _tiles_of_heads(maps: Sequence[MapLike], first_head: int, images: int, tile_
     width = _tile_width(shape, images, dtype.itemsize, tile_bytes)
     before, after = (shape.layers, images, shape.windows, shape.heads), (shape.queries,)
     buffer = torch.empty(math.prod((*before, width, *after)), dtype=dtype, device=device)
+    for start, stop, part in _ranges(shape, width):
+        sizes = (*before, stop - start, *after)
+        applied = buffer[: math.prod(sizes)].view(sizes)
+        softmaxes = [_write(item, start, stop, applied[layer]) for layer, item in enumerate(maps)]
+        yield Tile(start, stop, first_head, part, applied, softmaxes)
+
+
+def key_ranges(maps: Sequence[MapLike], tile_bytes: int | None = None) -> Iterator[AllHeads]:
+    """The keys of these maps in ranges for which products of all pairs of layers take about as much as a tile would."""
+    shape, images = group_shape(maps), image_count(maps[0])
+    tile_bytes = tile_bytes or TILE_BYTES.get(maps[0].device.type, TILE_BYTES["cpu"])
+    for start, stop, part in _ranges(shape, _tile_width(replace(shape, queries=1), images, 4, tile_bytes)):
+        yield AllHeads(start, stop, part)
+
+
+def _ranges(shape: GroupShape, width: int) -> Iterator[tuple[int, int, int]]:
+    """Start, end and part of ranges of keys that do not straddle prefix tokens and patches."""
     start = 0
     while start < shape.keys:
         edge = shape.prefix_tokens if start < shape.prefix_tokens and shape.parts == 2 else shape.keys
         stop = min(start + width, edge)
-        sizes = (*before, stop - start, *after)
-        applied = buffer[: math.prod(sizes)].view(sizes)
-        softmaxes = [_write(item, start, stop, applied[layer]) for layer, item in enumerate(maps)]
-        part = int(shape.parts == 2 and start >= shape.prefix_tokens)
-        yield Tile(start, stop, first_head, part, applied, softmaxes)
+        yield start, stop, int(shape.parts == 2 and start >= shape.prefix_tokens)
         start = stop
 
 
@@ -246,6 +286,9 @@ class TensorMap:
 
     def admissible_keys(self) -> None:
         """Masks of a tensor are not known."""
+
+    def queries_and_keys(self) -> None:
+        """Nor is what it came from."""
 
     def write_columns(self, start: int, stop: int, out: Tensor) -> Tensor:
         """Write key columns start..stop-1, key by key, into `out` `[B, H, k, Q]`; returns those of the softmax."""

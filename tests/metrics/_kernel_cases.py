@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from collapse_probe.capture.attention_map import AttentionMap, QueryKey, TokenLayout
+from collapse_probe.metrics import CrossLayerSimilarity, cross_layer
 from collapse_probe.metrics.functional.columns import decompose_columns
 from collapse_probe.metrics.layer_kernels import (
     Layer,
@@ -21,6 +22,7 @@ from collapse_probe.metrics.layer_kernels import (
     available,
     image_products,
     layer_products,
+    layers_of,
 )
 from collapse_probe.metrics.layer_kernels.layers import interpreted
 
@@ -328,6 +330,73 @@ def test_unit_columns_are_added(layers):
     assert torch.equal(again, state)
 
 
+# -- row normalisers, and the metric as a whole ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "spread"),
+    [
+        (Sizes(12, 1, 2, 37, 5, 64), 1.0),
+        (Sizes(2, 2, 1, 70, 150, 24), 40.0),
+        (Sizes(3, 1, 1, 33, 3, 128, torch.bfloat16), 1.0),
+    ],
+    ids=str,
+)
+def test_row_normalisers_match_float64(sizes, spread):
+    layers = made(sizes, spread)
+    group = layers_of(as_maps(layers, given=False))
+    for layer, found in zip(layers, group.items, strict=True):
+        q, k = (item.detach().cpu().double() for item in layer[:2])
+        close(found.log_normalizer, (q @ k.mT * layer.scale).logsumexp(-1).numpy(), 2e-5 * spread, 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    ("pair_budget", "tile_bytes", "bad"),
+    [(0, None, False), (0, None, True), (1 << 30, 8000, False), (1 << 30, None, True)],
+)
+def test_similarity_is_that_of_tiles(pair_budget, tile_bytes, bad, monkeypatch):
+    """Batches of a few blocks and a rest, images of which some are missing, prefix tokens, and absent columns."""
+    sizes = Sizes(3, 20, 2, 18, 5, 8)
+    layers = spoilt(sizes) if bad else made(sizes, 3.0)
+    maps = as_maps(layers, given=True, prefix_tokens=1)
+    index = torch.tensor([*range(9), 10, 11, *range(64, 68), *range(70, 75)])
+
+    def measured():
+        metric = CrossLayerSimilarity(pair_budget=pair_budget, tile_bytes=tile_bytes).to(DEVICE)
+        for start, stop in ((0, 8), (8, 20)):
+            metric.update([item.select(start, stop) for item in maps], index[start:stop])
+        return metric.compute() | {f"replicates {name}": value for name, value in metric.replicates().items()}
+
+    launched = []
+    monkeypatch.setattr(cross_layer, "layer_products", lambda *args: launched.append(1) or layer_products(*args))
+    found = measured()
+    assert launched
+    monkeypatch.setattr(cross_layer, "usable", lambda _: False)
+    launched.clear()
+    expected = measured()
+    assert not launched
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        if name == "histogram":
+            assert (value.sum(-1) == expected[name].sum(-1)).all()
+            assert (value - expected[name]).abs().sum() <= 0.01 * value.sum()  # rounding moves some to the next bin
+        else:
+            torch.testing.assert_close(value, expected[name], atol=2e-5, rtol=1e-5, equal_nan=True, msg=name)
+
+
+def as_maps(layers, given, prefix_tokens=0):
+    return [
+        AttentionMap(
+            f"blocks.{i}",
+            "token",
+            TokenLayout(prefix_tokens),
+            QueryKey(layer.q, layer.k, layer.scale, log_normalizer=layer.log_normalizer if given else None),
+        )
+        for i, layer in enumerate(layers)
+    ]
+
+
 # -- how layers are reached ------------------------------------------------------------------------------------------
 
 
@@ -352,13 +421,9 @@ def test_layers_of_any_strides_give_the_same():
 @pytest.mark.parametrize("given", [True, False])
 def test_maps_are_read_where_they_are(given):
     layers = made(Sizes())
-    sources = [
-        QueryKey(layer.q, layer.k, layer.scale, log_normalizer=layer.log_normalizer if given else None)
-        for layer in layers
-    ]
-    maps = [AttentionMap(f"blocks.{i}", "token", TokenLayout(), source) for i, source in enumerate(sources)]
+    maps = as_maps(layers, given)
     assert available(maps)
-    group = Layers.of_maps(maps)
+    group = layers_of(maps)
     assert group.items[1].q.data_ptr() == layers[1].q.data_ptr()
     close(layer_products(group, 0, 6).products, layer_products(Layers.of(layers), 0, 6).products.cpu().numpy(), 1e-6)
 

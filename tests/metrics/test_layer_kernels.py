@@ -7,6 +7,7 @@ import os
 import runpy
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 
 from collapse_probe.capture.attention_map import AttentionMap, HeadMix, QueryKey, Stored, TokenLayout
 from collapse_probe.errors import UsageError
+from collapse_probe.metrics import CrossLayerSimilarity
 from collapse_probe.metrics.layer_kernels import (
     Floors,
     Layer,
@@ -26,6 +28,9 @@ from collapse_probe.metrics.layer_kernels import (
     image_products,
     launch,
     layer_products,
+    layers_of,
+    trial,
+    usable,
 )
 
 CASES = Path(__file__).with_name("_kernel_cases.py")
@@ -78,6 +83,7 @@ def test_programs_compile(count, dim, dtype, architecture, tmp_path, monkeypatch
         ("products_program", launch.products_tile(layers)),
         ("images_program", launch.images_tile(layers)),
         ("sums_program", launch.sums_tile(layers)),
+        ("normalizers_program", launch.normalizers_tile(layers)),
     ):
         compiled = compile_program(triton, getattr(programs, name), layers, tile, architecture)
         assert compiled.asm["cubin"]
@@ -108,7 +114,7 @@ def compile_program(triton, program, layers, tile, architecture):
 # -- without triton --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", ["floors", "layers", "launch", "__init__"])
+@pytest.mark.parametrize("module", ["floors", "layers", "launch", "trial", "__init__"])
 def test_the_package_does_not_import_triton(module, monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "collapse_probe.metrics.layer_kernels.programs", raising=False)
@@ -171,8 +177,8 @@ def test_maps_that_are_more_than_queries_and_keys(other, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert available([a_map(), a_map()])
     assert not available([a_map(), other])
-    with pytest.raises(UsageError, match=r"blocks\.0\.attn"):
-        Layers.of_maps([a_map(), other])
+    with pytest.raises(UsageError, match="layer 1 is not"):
+        layers_of([a_map(), other])
 
 
 def test_maps_that_lie_elsewhere_or_differ(monkeypatch):
@@ -185,6 +191,27 @@ def test_maps_that_lie_elsewhere_or_differ(monkeypatch):
     assert available([wide])
     monkeypatch.delenv("TRITON_INTERPRET")
     assert not available([wide])
+
+
+def test_a_machine_on_which_kernels_do_not_compile(monkeypatch):
+    """A warning, once, and attention is compared by PyTorch's operators."""
+
+    def failing(*_):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify one.")
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(trial, "available", lambda _: True)
+    monkeypatch.setattr(trial, "normalise", failing)
+    trial._runs.cache_clear()
+    maps = [a_map(), a_map()]
+    with pytest.warns(UserWarning, match=r"do not run here \(RuntimeError: Failed to find C compiler\.\)"):
+        assert not usable(maps)
+    metric = CrossLayerSimilarity()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        metric.update(maps)
+    trial._runs.cache_clear()
+    assert metric.compute()["similarity"].isfinite().all()
 
 
 def test_ranges_and_results_of_other_layers_are_refused(monkeypatch):

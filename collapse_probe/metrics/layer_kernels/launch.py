@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from collapse_probe.errors import UsageError
-from collapse_probe.metrics.layer_kernels.layers import Layers, interpreted
+from collapse_probe.metrics.layer_kernels.layers import Layer, Layers, interpreted
+from collapse_probe.metrics.tiles import MapLike
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -61,6 +63,39 @@ class LayerProducts(NamedTuple):
     inverse: Tensor
     exists: Tensor
     finite: Tensor
+
+
+def layers_of(maps: Sequence[MapLike]) -> Layers:
+    """The layers of maps for which :func:`available` says yes. Row normalisers that no kernel of the model returned are
+    computed.
+
+    Raises:
+        UsageError: kernels cannot produce one of the maps.
+    """
+    parts = [item.queries_and_keys() for item in maps]
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        raise UsageError(
+            f"kernels take maps that are a softmax over queries and keys alone, without windows; layer "
+            f"{parts.index(None)} is not. Use its columns."
+        )
+    if all(normalizer is not None for _, _, normalizer, _ in known):
+        return Layers.of(
+            [Layer(q, k, normalizer, scale) for q, k, normalizer, scale in known if normalizer is not None]
+        )
+    layers = Layers.of([Layer(q, k, q.new_empty(q.shape[:3], dtype=torch.float32), scale) for q, k, _, scale in known])
+    normalise(layers)
+    return layers
+
+
+def normalise(layers: Layers) -> None:
+    """Write the log of each row's sum of exponentials over all keys."""
+    batch, heads, queries, keys = layers.shape
+    tile = normalizers_tile(layers)
+    with torch.cuda.device_of(layers.table):
+        _programs().normalizers_program[(math.ceil(queries / tile.queries), batch * heads, len(layers))](
+            *_addresses(layers), heads, len(layers), queries, keys, **_constants(layers, tile)
+        )
 
 
 def layer_products(layers: Layers, start: int, stop: int, tile: Tile | None = None) -> LayerProducts:
@@ -218,6 +253,11 @@ def products_tile(layers: Layers) -> Tile:
     """Sizes with which that program keeps to its registers, and to 64 KB of shared memory."""
     padded = _padded(layers)
     return Tile(16, 256 // padded, _depth(layers, 64 if padded < 64 else 32))
+
+
+def normalizers_tile(layers: Layers) -> Tile:
+    """The same of the program that goes over all keys of one layer's rows."""
+    return Tile(64, 64, _depth(layers, 64), 4)
 
 
 def images_tile(layers: Layers) -> Tile:

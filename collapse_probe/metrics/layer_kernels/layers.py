@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from collapse_probe.capture.attention_map import AttentionMap, QueryKey
 from collapse_probe.errors import UsageError
+from collapse_probe.metrics.tiles import MapLike
 
 #: Dtypes of queries and keys that kernels read.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -92,24 +92,10 @@ class Layers:
         table = torch.tensor(columns, dtype=torch.int64).T.contiguous()
         return cls(items, _sent(table, first.q.device), wide if aligned else 1)
 
-    @classmethod
-    def of_maps(cls, maps: Sequence[AttentionMap]) -> Layers:
-        """The layers of maps for which :func:`available` says yes. Row normalisers that no kernel returned are
-        computed, once per map.
-
-        Raises:
-            UsageError: kernels cannot produce one of the maps.
-        """
-        layers = []
-        for item in maps:
-            source = item.source
-            if not isinstance(source, QueryKey) or not _plain(item):
-                raise UsageError(
-                    f"kernels take maps that are a softmax over queries and keys alone, without windows; {item.name!r} "
-                    "is not. Use its columns."
-                )
-            layers.append(Layer(source.q, source.k, source._log_normalizer(), source.scale))
-        return cls.of(layers)
+    def select(self, start: int, stop: int) -> Layers:
+        """The same layers for images start..stop-1."""
+        images = slice(start, stop)
+        return Layers.of([Layer(q[images], k[images], rows[images], scale) for q, k, rows, scale in self.items])
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -130,45 +116,31 @@ class Layers:
         return len(self.items)
 
 
-def available(maps: Sequence[AttentionMap]) -> bool:
+def available(maps: Sequence[MapLike]) -> bool:
     """Whether kernels can take these maps: triton is installed, they lie on one CUDA device (or Triton's interpreter
     runs), and each is a softmax over queries and keys alone, of equal shapes and half or single precision."""
     if importlib.util.find_spec("triton") is None or not 1 <= len(maps) <= MAX_LAYERS:
         return False
-    sources = [item.source for item in maps if isinstance(item.source, QueryKey) and _plain(item)]
-    if len(sources) < len(maps):
+    parts = [item.queries_and_keys() for item in maps]
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
         return False
-    first = sources[0].q
-    runs = first.device.type == "cuda" or (first.device.type == "cpu" and interpreted())
-    alike = {(item.q.shape, item.k.shape, item.q.dtype, item.k.dtype, item.device, item.k.device) for item in sources}
+    q, k, *_ = known[0]
+    runs = q.device.type == "cuda" or (q.device.type == "cpu" and interpreted())
+    alike = {(one.shape, other.shape, one.dtype, other.dtype, one.device, other.device) for one, other, *_ in known}
     return (
         runs
         and len(alike) == 1
-        and first.dtype in DTYPES
-        and sources[0].k.dtype == first.dtype
-        and sources[0].k.device == first.device
-        and first.shape[3] <= MAX_DIM
-        and min(*sources[0].shape, first.shape[3]) > 0
+        and q.dtype in DTYPES
+        and (k.dtype, k.device) == (q.dtype, q.device)
+        and q.shape[3] <= MAX_DIM
+        and min(*q.shape, k.shape[2]) > 0
     )
 
 
 def interpreted() -> bool:
     """Whether Triton's interpreter takes the place of a device: the variable must be set before triton is imported."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
-
-
-def _plain(item: AttentionMap) -> bool:
-    """Whether the map is a softmax over queries and keys, and nothing else."""
-    source = item.source
-    return (
-        isinstance(source, QueryKey)
-        and source.bias is None
-        and not source.causal
-        and source.premix is None
-        and item.mix is None
-        and item.origin is None
-        and item.windows == 1
-    )
 
 
 def _readable(layer: Layer) -> Layer:

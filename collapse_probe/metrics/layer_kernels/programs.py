@@ -38,15 +38,12 @@ def _normalizers(table, layers, layer, there, pair, queries):
 
 
 @triton.jit
-def _probabilities(
+def _products(
     tokens,
-    normalizers,
     q,
     q_apart,
     k,
     k_apart,
-    normalizer,
-    scale,
     there,
     query,
     queries,
@@ -57,7 +54,7 @@ def _probabilities(
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Entries `[rows, query, key]` of the maps; 0 for rows and queries that are not there, anything for such keys."""
+    """Products of queries and keys `[rows, query, key]`, 0 for those that are not there."""
     asked = there[:, None] & (query < queries)[None, :]
     known = there[:, None] & (key < stop)[None, :]
     at_query = tokens + q[:, None] + query[None, :] * q_apart[:, None]
@@ -79,6 +76,34 @@ def _probabilities(
         if WIDEN:
             left, right = left.to(tl.float32), right.to(tl.float32)
         logits = tl.dot(left, right, logits, input_precision=PRECISION)
+    return logits
+
+
+@triton.jit
+def _probabilities(
+    tokens,
+    normalizers,
+    q,
+    q_apart,
+    k,
+    k_apart,
+    normalizer,
+    scale,
+    there,
+    query,
+    queries,
+    key,
+    stop,
+    DIM: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Entries `[rows, query, key]` of the maps; 0 for rows and queries that are not there, anything for such keys."""
+    logits = _products(
+        tokens, q, q_apart, k, k_apart, there, query, queries, key, stop, DIM, DEPTH, PRECISION, WIDEN
+    )  # fmt: skip
+    asked = there[:, None] & (query < queries)[None, :]
     less = tl.load(normalizers + normalizer[:, None] + query[None, :], asked, other=float("inf"))
     less = tl.where(less == float("-inf"), float("inf"), less)  # a fully masked row has no normaliser: zeros
     return tl.exp(tl.fma(logits, scale[:, None, None], -less[:, :, None]))
@@ -298,3 +323,43 @@ def sums_program(
             few += tl.trans(tl.reshape(unit, [QUERIES, KEYS]))
         total += few
     tl.store(target, total, inside)
+
+
+@triton.jit(do_not_specialize=("heads", "layers", "queries", "keys"))
+def normalizers_program(
+    table,
+    tokens,
+    normalizers,
+    heads,
+    layers,
+    queries,
+    keys,
+    ALIGN: tl.constexpr,
+    DIM: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """The log of the sum of exponentials of some rows of one layer's logits, in one pass over the keys."""
+    query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    pair = tl.program_id(1)
+    layer = tl.program_id(2) + tl.zeros([1], tl.int32)
+    there = layer < layers
+    q, q_apart = _tokens(table, 0, layers, layer, there, pair // heads, pair % heads, ALIGN)
+    k, k_apart = _tokens(table, 4, layers, layer, there, pair // heads, pair % heads, ALIGN)
+    target, scale = _normalizers(table, layers, layer, there, pair, queries)
+    highest = tl.full([1, QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([1, QUERIES], tl.float32)
+    for first in range(0, keys, KEYS):
+        key = first + tl.arange(0, KEYS)
+        logits = _products(
+            tokens, q, q_apart, k, k_apart, there, query, queries, key, keys, DIM, DEPTH, PRECISION, WIDEN
+        ) * scale[:, None, None]  # fmt: skip
+        logits = tl.where((key < keys)[None, None, :], logits, float("-inf"))
+        higher = tl.maximum(highest, tl.max(logits, 2))
+        total = total * tl.exp(highest - higher) + tl.sum(tl.exp(logits - higher[:, :, None]), 2)
+        highest = higher
+    at = normalizers + target[:, None] + query[None, :]
+    tl.store(at, highest + tl.log(total), (query < queries)[None, :])

@@ -168,11 +168,15 @@ class MeasuredGroup(Measured):
 
     def see_heads(self, norms: Mapping[str, Tensor]) -> None:
         """Count images in which a head added nothing, from the norms of the heads' outputs `[B, H]`."""
-        for place, name in enumerate(self.layers):
-            own = norms.get(name)
-            if own is not None and own.shape[1] == self.group.heads:
-                self._silent[0, place] += (own == 0).sum(0).cpu().numpy()
-                self._silent[1, place] += len(own)
+        known = {
+            place: norms[name]
+            for place, name in enumerate(self.layers)
+            if name in norms and norms[name].shape[1] == self.group.heads
+        }
+        if known:  # fetched together: every fetch waits for the device
+            silent = torch.stack([(own == 0).sum(0) for own in known.values()]).cpu().numpy()
+            self._silent[0, list(known)] += silent
+            self._silent[1, list(known)] += len(next(iter(known.values())))
 
     def sums(self) -> dict[str, np.ndarray]:
         return {**super().sums(), f"{self.name}/heads/silent": self._silent}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import math
 import platform
 import time
 import warnings
@@ -38,12 +39,13 @@ from collapse_probe.merging import merge, merge_one_by_one
 from collapse_probe.metrics.functional.ratio import SIMILAR
 from collapse_probe.options import Options, check_preprocessing
 from collapse_probe.partial import Partial, check_shards, is_same_shard
+from collapse_probe.processors import automatic_workers
 from collapse_probe.progress import ProgressBar
 from collapse_probe.ranks import ranks
 from collapse_probe.result import Analysis
 from collapse_probe.resuming import Keeper
 from collapse_probe.shards import Shard
-from collapse_probe.shortage import out_of_memory
+from collapse_probe.shortage import lost_worker, out_of_memory
 from collapse_probe.skipping import SKIPPED_ALLOWED
 from collapse_probe.streaming import Progress, Run, StartOver
 from collapse_probe.weights import untouched_norms, unused_heads
@@ -70,7 +72,7 @@ def analyze(
     crop_pct: float | None = None,
     interpolation: str | None = None,
     batch_size: int = 32,
-    workers: int = 0,
+    workers: int | None = None,
     num_samples: int | None = None,
     max_skipped: float = SKIPPED_ALLOWED,
     device: str = "auto",
@@ -108,7 +110,9 @@ def analyze(
         model_kwargs: passed to `timm.create_model`.
         img_size, mean, std, crop_pct, interpolation: override the model's own preprocessing.
         batch_size: images in a forward pass. Results do not depend on it, except where `until_se` ends the run.
-        workers: processes that decode images; 0 decodes in this one.
+        workers: processes that decode the images of a folder; 0 decodes in this one. None chooses, up to 8: beside a
+            GPU one for each core but one, on a CPU one for every four cores; fewer where shared memory is short, and
+            none where processes do not start as forks (Windows, macOS, Python 3.14). Results do not depend on it.
         num_samples: how many images to look at; by default all, of a folder at most 1000, chosen by `seed`.
         max_skipped: share of all images that may be unreadable, 0 to 1, before the analysis stops.
         device: ``"auto"``, or what `torch.device` accepts. A module stays where it is under ``"auto"``.
@@ -245,8 +249,9 @@ img_size, mean, std, crop_pct, interpolation, partial, resume, progress, setting
             network, mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation, img_size=img_size
         )
     source = open_images(
-        images, config=config, batch_size=options.batch_size, workers=options.workers,
+        images, config=config, batch_size=options.batch_size, workers=_workers(options, target, config),
         num_samples=_samples(images, options.num_samples), seed=options.seed, shard=options.shard,
+        pin_memory=target.type == "cuda",
     )  # fmt: skip
     fits = matches_model(network, config, img_size) if source.kind == "folder" else "done by the caller"
     described: dict[str, Any] = {
@@ -390,10 +395,13 @@ def _restore(run: Run, saved: Partial) -> None:
 
 @contextmanager
 def _memory(device: torch.device, run: Run) -> Iterator[None]:
-    """A shortage that smaller batches would not mend: the model, its metrics or a batch of images do not fit."""
+    """A shortage that smaller batches would not mend: the model, its metrics or a batch of images do not fit, or there
+    was no memory for a process that decodes."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
+        if (lost := lost_worker(error)) is not None:
+            raise lost from error
         if not is_out_of_memory(error):
             raise
         raise out_of_memory(error, device, run.fed) from error
@@ -468,6 +476,14 @@ def _device(name: str, module: nn.Module | None) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UsageError(f"device {name!r} was asked for, and this PyTorch sees no MPS device. Use --device cpu.")
     return device
+
+
+def _workers(options: Options, device: torch.device, config: Mapping[str, Any]) -> int:
+    """As many as were asked for, or what suits the machine."""
+    if options.workers is not None:
+        return options.workers
+    size = config.get("input_size", ())  # without it there is nothing to decode
+    return automatic_workers(device, 4 * options.batch_size * math.prod(size))
 
 
 def _samples(images: Any, num_samples: int | None) -> int | None:

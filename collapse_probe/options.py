@@ -22,7 +22,7 @@ _WHOLE_NUMBERS = {
 }
 
 #: Options that may be None.
-_OPTIONAL = {"num_samples", "tile_bytes", "until_se"}
+_OPTIONAL = {"num_samples", "tile_bytes", "until_se", "workers"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Options:
     """How to run an analysis; what each means is said in `collapse_probe.analyze`."""
 
     batch_size: int = 32
-    workers: int = 0
+    workers: int | None = None
     num_samples: int | None = None
     device: str = "auto"
     amp: bool = False

@@ -10,6 +10,9 @@ from rich.text import Text
 
 from collapse_probe.words import neutral
 
+#: Seconds over which the speed is averaged; a batch may take minutes.
+_PERIOD = 1800
+
 
 class ProgressBar:
     """A progress bar that an analysis can report to; silent when stderr is not a terminal or `quiet` is set."""
@@ -25,6 +28,7 @@ class ProgressBar:
             TimeRemainingColumn(),
             console=self._console,
             transient=True,
+            speed_estimate_period=_PERIOD,
             disable=quiet or not (self._console.is_terminal or self._console.is_jupyter),
         )
         self._task = self._progress.add_task("loading", total=None, speed="")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache
@@ -24,6 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from collapse_probe.errors import CollapseProbeError, UsageError
 from collapse_probe.partial import Partial
+from collapse_probe.processors import shared_threads
 from collapse_probe.shards import Shard
 
 T = TypeVar("T")
@@ -146,9 +147,9 @@ class Team:
 
 @contextmanager
 def ranks() -> Iterator[Team]:
-    """The processes that know each other for as long as the block lasts; each with an accelerator of its own.
+    """The processes that know each other while the block lasts, each with threads and an accelerator of its own.
 
-    A process group that was set up before is used and left as it is, and so are its processes' accelerators.
+    A process group that was set up before is used and left as it is; its processes keep threads and accelerators.
 
     Raises:
         UsageError: see :func:`rank_and_world`.
@@ -166,7 +167,8 @@ def ranks() -> Iterator[Team]:
     try:
         group: Any = dist.group.WORLD if ours else dist.new_group(backend="gloo")
         _set_timeout(_PATIENCE, group)  # once all have met, which does not take long
-        yield Team(dist.get_rank(), dist.get_world_size(), group)
+        with shared_threads() if ours else nullcontext():
+            yield Team(dist.get_rank(), dist.get_world_size(), group)
     finally:
         if ours:
             dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What to say where memory does not hold a single image."""
+"""What to say where memory does not hold a single image, or a process that decodes images was killed."""
 
 from __future__ import annotations
 
@@ -32,6 +32,16 @@ def out_of_memory(error: Exception, device: torch.device, images: int, model: nn
     return ResourceError(
         f"Out of memory{after}, even with one image at a time{': ' if known else ''}{', '.join(known)}. Use smaller "
         "images (--img-size), fewer metrics or layers (--metrics, --layers), or a device with more memory."
+    )
+
+
+def lost_worker(error: Exception) -> ResourceError | None:
+    """The error for the caller where PyTorch says that a process decoding images is gone; None where it does not."""
+    if not re.match(r"DataLoader worker \(pid(\(s\))? ", str(error)):
+        return None
+    return ResourceError(
+        "A process that decodes images was killed, most likely because memory, or shared memory (/dev/shm, in "
+        "containers often 64 MiB), ran out. Use fewer of them (--workers; 0 needs none) or a smaller --batch-size."
     )
 
 

@@ -246,7 +246,7 @@ class Run:
         turned = self._turned
         dtype = next((item.dtype for item in model.parameters() if item.is_floating_point()), torch.float32)
         try:
-            images = batch.images.to(self.device, dtype, non_blocking=True)
+            images = _moved(batch.images, self.device, dtype)
             with torch.inference_mode(), self._autocast():
                 with capture(model, not self.images and self.options.verify, self._wants_features) as captured:
                     output = model(images)
@@ -447,6 +447,14 @@ class Run:
                 if group.cross_layer is not None
             )
         )
+
+
+def _moved(images: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The images where the model is and in its precision; of page-locked memory a GPU copies them as they are, while it
+    computes, and converts them itself."""
+    if device.type == "cuda":
+        images = images.to(device, non_blocking=True)
+    return images.to(device, dtype)
 
 
 def _sizes(maps: Mapping[str, AttentionMap], features: Mapping[str, TokenFeatures]) -> list[tuple[int, ...]]:

@@ -31,7 +31,7 @@ WRONG = [
     *((name, value, f"{said}{value!r}.") for name, said in RANGES.items()
       for value in (-1, HUGE, 1.5, math.nan, math.inf, True, "3", [4])),
     *((name, 0, f"{RANGES[name]}0.") for name in ("batch_size", "num_samples", "nearest", "tile_bytes", "img_size")),
-    *((name, None, f"{RANGES[name]}None.") for name in ("batch_size", "workers", "nearest", "seed")),
+    *((name, None, f"{RANGES[name]}None.") for name in ("batch_size", "nearest", "seed")),
     ("seed", 2**80, f"{RANGES['seed']}{2**80}."),
     *(("threshold", value, f"threshold must lie within -1..1; got {value}.")
       for value in (1.01, -2, HUGE, math.nan, math.inf)),
@@ -114,7 +114,7 @@ def test_the_ends_of_every_range_are_inside():
         {"batch_size": 10**6, "workers": 1000, "num_samples": 10**12, "nearest": 10**4, "seed": 2**63 - 1},
         {"tile_bytes": 2**50, "threshold": -1, "until_se": 1e-9},
         {"batch_size": 1, "workers": 0, "num_samples": 1, "nearest": 1, "seed": 0, "tile_bytes": 1, "threshold": 1},
-        {"num_samples": None, "tile_bytes": None, "until_se": None},
+        {"num_samples": None, "tile_bytes": None, "until_se": None, "workers": None},
     ):
         Options(**changes).check()
 

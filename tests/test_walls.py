@@ -13,6 +13,7 @@ import collapse_probe
 
 PACKAGE = Path(collapse_probe.__file__).parent
 ROOMS = {"capture", "metrics", "models", "loading", "plots", "report"}
+COMMANDS = ["analyze", "inspect", "merge", "metrics", "models"]
 SHARED = {"errors", "files", "readings", "result", "shards", "skipping", "words"}
 ALLOWED = {"report": {"plots"}}
 
@@ -81,11 +82,16 @@ def loaded_after(statement):
         "import collapse_probe.plots",
         "import collapse_probe.report",
         "from collapse_probe import Analysis, Finding",
-        "import collapse_probe.cli.app as a\ntry:\n    a.app(['analyze', '--help'])\nexcept SystemExit:\n    pass",
     ],
 )
 def test_no_torch_is_loaded(statement):
     assert "torch" not in loaded_after(statement)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)])
+def test_help_is_quick(arguments):
+    statement = f"import collapse_probe.cli.app as a\ntry:\n    a.app({arguments})\nexcept SystemExit:\n    pass"
+    assert not {"torch", "numpy", "pandas", "matplotlib"} & loaded_after(statement)
 
 
 def test_that_test_can_fail():

@@ -98,8 +98,16 @@ def analyze(
         int, typer.Option("--batch-size", "-b", help="Images per forward pass.", rich_help_panel=RUN)
     ] = 32,
     workers: Annotated[
-        int, typer.Option("--workers", "-j", help="Processes that decode images.", rich_help_panel=RUN)
-    ] = 0,
+        int | None,
+        typer.Option(
+            "--workers",
+            "-j",
+            help="Processes that decode images; 0 decodes between batches. By default up to 8: with a GPU one for each "
+            "core but one, on a CPU one for every four cores; fewer where shared memory is short.",
+            show_default=False,
+            rich_help_panel=RUN,
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=RUN)] = "auto",
     amp: Annotated[bool, typer.Option("--amp", help="Run the model in mixed precision.", rich_help_panel=RUN)] = False,
     amp_dtype: Annotated[str, typer.Option(help="bfloat16 or float16.", rich_help_panel=RUN)] = "bfloat16",

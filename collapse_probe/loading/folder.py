@@ -49,6 +49,7 @@ class FolderImages(ImageSource):
         num_samples: int | None = None,
         seed: int = 0,
         shard: Shard = WHOLE,
+        pin_memory: bool = False,
     ) -> None:
         self.root, self._named = Path(root), str(root)
         if "input_size" not in config:
@@ -66,6 +67,7 @@ class FolderImages(ImageSource):
         self.paths = seeded_order(found, seed)[:num_samples]
         super().__init__(config, len(self.paths), shard)
         self._batch_size, self._workers, self._seed = batch_size, workers, seed
+        self._pin_memory = pin_memory
 
     def dataset(self) -> DecodedImages:
         """The shard's images one by one, in order."""
@@ -89,8 +91,8 @@ class FolderImages(ImageSource):
         own = self.shard.indices(len(self.paths))
         numbers = parts(bisect_left(own, start), len(own), self._batch_size)
         loader = DataLoader(
-            self.dataset(), batch_sampler=numbers, num_workers=self._workers, collate_fn=_readable_only,
-            worker_init_fn=_outlive,
+            self.dataset(), batch_sampler=numbers, num_workers=min(self._workers, len(numbers)),
+            collate_fn=_readable_only, worker_init_fn=_quit_quietly, pin_memory=self._pin_memory,
         )  # fmt: skip
         # When this generator is closed the loader's iterator goes with it, and that ends its workers.
         for images, index, skipped in loader:
@@ -102,9 +104,10 @@ class FolderImages(ImageSource):
         return f"blake2b of seed ({self._seed}) and relative path"
 
 
-def _outlive(_worker: int) -> None:
-    """A SIGTERM to a group of processes is for the main one to answer: it saves what it has and ends its workers."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _quit_quietly(_worker: int) -> None:
+    """A SIGTERM to a group of processes is for the main one to answer, and one from it is to be obeyed. Were a worker's
+    exit status not 0, PyTorch would raise an error of its own in the main process, whatever that is doing."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
 class DecodedImage(NamedTuple):

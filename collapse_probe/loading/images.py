@@ -30,6 +30,7 @@ def open_images(
     num_samples: int | None = None,
     seed: int = 0,
     shard: Shard = WHOLE,
+    pin_memory: bool = False,
 ) -> ImageSource:
     """Batches from a folder of image files, a tensor, or a DataLoader.
 
@@ -39,11 +40,13 @@ def open_images(
         config: from :func:`collapse_probe.loading.data_config`; may be empty for tensors and loaders, whose size is not
             checked then.
         batch_size: images per batch, 1 or more; a DataLoader keeps its own.
-        workers: processes that decode files, 0 or more; they do not change results.
+        workers: processes that decode files, 0 or more, each with one thread; no more than there are batches. They do
+            not change results.
         num_samples: use only that many of the whole source, 1 or more, whatever the shard; None for all.
         seed: which random order; has no effect on a DataLoader.
         shard: deliver this part of the images only. Files of other shards are not opened. A DataLoader is iterated
             whole in every shard and must deliver the same images in the same order each time: shuffle with a seed.
+        pin_memory: decode files into page-locked memory, from which a CUDA device copies while it computes.
 
     Raises:
         UsageError: an argument is out of range, or the source is none of these.
@@ -53,7 +56,7 @@ def open_images(
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise UsageError(f"{name}={value!r} must be a whole number, {least} or more.")
     if isinstance(source, (str, Path)):
-        return FolderImages(source, config, batch_size, workers, num_samples, seed, shard)
+        return FolderImages(source, config, batch_size, workers, num_samples, seed, shard, pin_memory)
     if isinstance(source, Tensor):
         return TensorImages(source, config, batch_size, num_samples, seed, shard)
     if isinstance(source, Iterable) and not isinstance(source, (bytes, Mapping)):

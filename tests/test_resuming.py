@@ -380,15 +380,11 @@ def test_interrupted_while_sums_are_added_to(tmp_path, monkeypatch):
             signal.raise_signal(signal.SIGINT)
         feed(*arguments)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     model = vit()
-    try:
-        monkeypatch.setattr(measured, "feed", interrupted)
+    with monkeypatch.context() as patched:
+        patched.setattr(measured, "feed", interrupted)
         with pytest.raises(KeyboardInterrupt):
             cp.analyze(model, IMAGES, batch_size=4, partial=tmp_path)
-    finally:
-        signal.signal(signal.SIGINT, before)
-        monkeypatch.undo()
     assert Partial.load(tmp_path).images == 12
     assert_same(cp.analyze(model, IMAGES, batch_size=4),
                 cp.analyze(model, IMAGES, batch_size=4, partial=tmp_path, resume=True), atol=1e-12)  # fmt: skip

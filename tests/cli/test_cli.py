@@ -184,7 +184,6 @@ def test_interruption(folder, tmp_path, number, code):
          str(many), "-b", "1", "--out", str(tmp_path / "run")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=WIDE,
         # Where tests run in the background, the interrupt is ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     time.sleep(6)
     process.send_signal(number)

@@ -78,7 +78,7 @@ def started(place, out, *more, pause=0.0, launcher=()):
     command = [sys.executable, *launcher, place / "driver.py", place, pause, *words]
     return subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=WIDE,
-        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        start_new_session=True,
     )  # fmt: skip
 
 
@@ -213,6 +213,7 @@ def test_terminated_while_starting(place, tmp_path):
     assert "Traceback" not in stderr
 
 
+@pytest.mark.sweep
 def test_under_torchrun(place, tmp_path):
     """Each process goes on with its own images; only as many as before may."""
     out, launcher = tmp_path / "run", ["-m", "torch.distributed.run", "--nproc-per-node", "2"]

@@ -275,7 +275,7 @@ def torchrun(folder, how, *words):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(folder / "driver.py"), how]
     return subprocess.Popen(
         [*command, "analyze", MODEL, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=WIDE, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        env=WIDE, start_new_session=True,
     )  # fmt: skip
 
 

@@ -25,6 +25,8 @@ from typer.testing import CliRunner
 import collapse_probe as cp
 
 EXAMPLES = Path(depth_study.__file__).parent
+pytestmark = pytest.mark.sweep  # what `small` trains takes most of a minute
+
 TINY = (
     "--depths", "2,3", "--epochs", "3", "--seeds", "2", "--limit", "256", "--images", "12", "--width", "16",
     "--heads", "2", "--patch-size", "4", "--jobs", "1",
@@ -226,7 +228,6 @@ def test_what_is_named_twice_is_done_once(small):
     assert len(table) == (2 + 3) * 2 * 4 * 3
 
 
-@pytest.mark.sweep
 def test_ended_from_outside_it_leaves_no_process_behind(tmp_path):
     words = [word if word != "3" else "5000" for word in TINY] + ["--jobs", "2", "--out", str(tmp_path)]
     process = subprocess.Popen([sys.executable, str(EXAMPLES / "depth_study.py"), *words], stderr=subprocess.DEVNULL)

@@ -43,14 +43,17 @@ _ELEMENTS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*f
 _TENSORS = ("normalizers", "products", "level", "variation", "mean", "inverse", "partial")
 
 
-@pytest.mark.parametrize("device", ["interpreter", "cuda"])
-def test_numbers(device):
+@pytest.mark.parametrize(
+    ("device", "cases"),
+    [("interpreter", "not sweep"), pytest.param("interpreter", "sweep", marks=pytest.mark.sweep), ("cuda", "")],
+)
+def test_numbers(device, cases):
     """The cases of `_kernel_cases.py`, in a process that chooses the interpreter (or not) before it imports triton."""
     pytest.importorskip("triton", reason="triton is not installed")
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     environment = os.environ | {"TRITON_INTERPRET": str(int(device == "interpreter")), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", cases, str(CASES)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 

@@ -148,7 +148,7 @@ CONTENDERS: dict[str, Contender] = {
     "suite all": Contender(partial(suite, "all"), timm_model, without=LARGE),
     "CKA": Contender(partial(suite, "cka"), timm_model, only=(TINY,)),
     "timm AttentionExtract, pairwise cosine": Contender(
-        extracted, partial(timm_model, fused=False), without=LONG, images=4
+        extracted, partial(timm_model, fused=False), without=LONG, images=2
     ),
     "Hugging Face attentions, NumPy loops": Contender(
         hugging_face, hugging_face_tiny, only=(TINY,), images=1, needs=("transformers",)

@@ -1,19 +1,22 @@
-"""Time, memory and accuracy of a contender."""
+"""Time, memory and accuracy of a contender, and the least that M could cost."""
 
 from __future__ import annotations
 
 import multiprocessing
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from contenders import Batches, Contender, chosen, timm_model
+from contenders import PLAIN, Batches, Contender, chosen, timm_model
 from torch import Tensor, nn
 
 from collapse_probe.capture import capture
+from collapse_probe.capture.attention_map import AttentionMap, QueryKey
 from collapse_probe.metrics import CrossLayerSimilarity
+from collapse_probe.metrics.layer_kernels import Floors, floors
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,48 @@ def _unit_columns(item: object, head: int) -> Tensor:
         maps = torch.einsum("h,hqk->qk", weights, logits.softmax(-1)) + mix.bias.double()[head]
     columns = maps.mT.cpu()
     return columns / columns.norm(dim=-1, keepdim=True)
+
+
+def least(setting: Setting) -> Floors | None:
+    """What M of one image cannot do without; None where maps are not all of the same queries and keys."""
+    model = setting.build(chosen(setting.model)[PLAIN])
+    with torch.inference_mode(), capture(model) as captured:
+        model(setting.batches(1)[0])
+    shapes = {_shape(item) for item in captured.maps.values()}
+    if len(shapes) != 1 or (shape := shapes.pop()) is None:
+        return None
+    heads, queries, keys, dim, element_bytes = shape
+    return floors(len(captured.maps), heads, queries, keys, dim, element_bytes)
+
+
+def _shape(item: AttentionMap) -> tuple[int, int, int, int, int] | None:
+    source = item.source
+    if not isinstance(source, QueryKey) or item.mix is not None:
+        return None
+    heads, queries, dim = source.q.shape[-3:]
+    return heads, queries, source.k.shape[-2], dim, source.q.element_size()
+
+
+def speeds(setting: Setting) -> tuple[float, float]:
+    """Bytes per second of reading, and operations per second of a large matrix product, as PyTorch does them here."""
+    dtype = getattr(torch, setting.dtype)
+    size = 8192 if setting.device == "cuda" else 2048
+    matrix = torch.randn(size, size, device=setting.device, dtype=dtype)
+    block = torch.ones(1 << 28, device=setting.device)  # 1 GiB, more than any cache holds
+    return block.nbytes / _shortest(block.sum, setting.device), 2 * size**3 / _shortest(
+        lambda: matrix @ matrix, setting.device
+    )
+
+
+def _shortest(work: Callable[[], object], device: str, repeats: int = 5) -> float:
+    seconds = []
+    for _ in range(repeats):
+        _wait(device)
+        start = time.perf_counter()
+        work()
+        _wait(device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def in_words(seconds: list[float]) -> tuple[float, str]:

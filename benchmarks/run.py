@@ -1,13 +1,13 @@
 """What an analysis costs over a plain forward pass, beside what people use today.
 
-    python benchmarks/run.py --suite cpu            # about 25 minutes on two cores
+    python benchmarks/run.py --suite cpu            # about an hour on two cores
     python benchmarks/run.py --suite gpu --out benchmarks/results
     python benchmarks/run.py --suite cpu --models vit_tiny_patch16_224 --repeats 3
 
 All contenders run on the same images in the same process, in turn, `repeats` times; printed are medians with their
-spread and ratios to the plain fused forward pass of the same run, memory above that pass, and the largest difference of
-M from a float64 reference. What is printed is also written to `--out`, with the machine's name, and the curves over
-images, tokens, layers, heads and batch size beside it.
+spread and ratios to the plain fused forward pass of the same run, memory above that pass, the largest difference of M
+from a float64 reference, and the distance to the least that M can cost. What is printed is also written to `--out`, with
+the machine's name, and the curves over images, tokens, layers, heads and batch size beside it.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from pathlib import Path
 import timm
 import torch
 from contenders import PLAIN, chosen
-from measuring import Setting, in_words, largest_error, peak_memory, seconds_per_image
+from measuring import Setting, in_words, largest_error, least, peak_memory, seconds_per_image, speeds
 from scaling import draw, measure
 
 #: Model, pixels, images and batch of each row of a suite.
 SUITES = {
     "cpu": [
-        ("vit_tiny_patch16_224", 224, 64, 32),
+        ("vit_tiny_patch16_224", 224, 128, 32),
         ("vit_small_patch16_224", 224, 64, 32),
         ("vit_base_patch16_224", 224, 32, 32),
         ("deepvit_32b", 224, 32, 32),
         ("deepvit_vit_32b", 224, 32, 32),
         ("vit_large_patch14_reg4_dinov2", 518, 4, 4),
-        ("vit_base_patch16_224@1024", 1024, 4, 4),
+        ("vit_base_patch16_224@1024", 1024, 2, 2),
     ],
     "gpu": [
         ("vit_tiny_patch16_224", 224, 1024, 256),
@@ -61,7 +61,7 @@ def table(setting: Setting, repeats: int) -> str:
     contenders = chosen(setting.model)
     times = seconds_per_image(setting, contenders, repeats)
     base = statistics.median(times[PLAIN])
-    least = {limit: peak_memory(setting, PLAIN, limit) for limit in {item.images for item in contenders.values()}}
+    lowest = {limit: peak_memory(setting, PLAIN, limit) for limit in {item.images for item in contenders.values()}}
     lines = [
         f"{setting.model}: {setting.images} images of {setting.size} px in batches of {setting.batch}, {setting.dtype}",
         f"{'':40}{'ms/image':>10}{'min..max':>20}{'ratio':>8}{'extra memory':>15}",
@@ -69,11 +69,27 @@ def table(setting: Setting, repeats: int) -> str:
     for label, seconds in times.items():
         middle, spread = in_words(seconds)
         limit = contenders[label].images
-        memory = 0 if label == PLAIN else (peak_memory(setting, label, limit) - least[limit]) / 2**20
+        memory = 0 if label == PLAIN else (peak_memory(setting, label, limit) - lowest[limit]) / 2**20
         ratio = statistics.median(seconds) / base
         lines.append(f"  {label:38}{middle:10.1f}{spread:>20}{ratio:8.2f}{memory:11.0f} MiB")
     lines.append(f"  largest difference of M from float64: {largest_error(setting):.1e}")
+    own = 1000 * (statistics.median(times["M and its parts"]) - statistics.median(times["capture only"]))
+    lines += [f"  {line}" for line in distance(setting, own)]
     return "\n".join(lines) + "\n"
+
+
+def distance(setting: Setting, own: float) -> list[str]:
+    """How far M, which takes `own` milliseconds per image beyond the capture, is from what it cannot do without."""
+    floor = least(setting)
+    if floor is None:
+        return []
+    reading, multiplying = speeds(setting)
+    bytes_ms, operations_ms = 1000 * floor.bytes / reading, 1000 * floor.operations / multiplying
+    return [
+        f"least that M takes per image: {floor.bytes / 1e6:.1f} MB, {bytes_ms:.2f} ms at {reading / 1e9:.0f} GB/s; "
+        f"{floor.operations / 1e9:.2f} G operations, {operations_ms:.2f} ms at {multiplying / 1e9:.0f} G/s",
+        f"beyond the capture it takes {own:.2f} ms, {own / max(bytes_ms, operations_ms):.1f} times the larger",
+    ]
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from contenders import plain, suite
 #: The model in the middle of all curves, and what is varied around it.
 CENTRE = {"images": 32, "pixels": 224, "layers": 12, "heads": 6, "batch": 16}
 CURVES = {
-    "images": (16, 32, 64, 128),
+    "images": (16, 32, 64, 128, 256),
     "pixels": (112, 160, 224, 320, 448),
     "layers": (4, 8, 12, 24, 48),
     "heads": (3, 6, 12, 24),

@@ -24,6 +24,9 @@ def test_a_table_names_every_contender(tmp_path):
     assert rows["plain fused forward"] == "1.00"
     error = re.search(r"largest difference of M from float64: (\S+)", done.stdout)
     assert float(error[1]) < 1e-5
+    # 12 layers, 3 heads, 197 tokens, 64 channels: queries and keys in 4 bytes, normalisers in 4
+    assert f"{12 * 3 * 197 * (2 * 64 * 4 + 4) / 1e6:.1f} MB" in done.stdout
+    assert f"{3 * 197**2 * (2 * 12 * 64 + 12 * 13) / 1e9:.2f} G operations" in done.stdout
 
 
 def test_curves_over_sizes(tmp_path, monkeypatch):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -21,13 +22,19 @@ from torch.nn.functional import cosine_similarity
 from torch.utils.data import DataLoader
 
 import collapse_probe.models  # noqa: F401 - registers DeepViT
+from collapse_probe.allocator import kept_memory
 from collapse_probe.capture import capture
 from collapse_probe.loading import Batch
 from collapse_probe.merging import readings
+from collapse_probe.metrics.cross_layer import PAIRED_BLOCKS
+from collapse_probe.metrics.tiles import BLOCK
 from collapse_probe.options import Options
 from collapse_probe.streaming import Run
 
 Batches = list[Tensor]
+
+#: Images of the batch before the one that counts.
+FIRST = 2 * BLOCK
 
 
 def plain(model: nn.Module, batches: Batches) -> None:
@@ -38,23 +45,48 @@ def plain(model: nn.Module, batches: Batches) -> None:
 
 
 def capture_only(model: nn.Module, batches: Batches) -> None:
-    """Queries and keys are kept, nothing is computed from them."""
-    with torch.inference_mode():
+    """Queries and keys are kept, as an analysis keeps them, and nothing is computed from them."""
+    with torch.inference_mode(), kept_memory():
         for batch in batches:
             with capture(model):
                 model(batch)
 
 
-def suite(metrics: str, model: nn.Module, batches: Batches) -> None:
+def whole_suite(metrics: str, model: nn.Module, batches: Batches) -> None:
     """An analysis with these metrics, from tensors to readings."""
-    device = batches[0].device
-    run = Run(Options(metrics=metrics), device, None, None)
+    run = Run(Options(metrics=metrics), batches[0].device, None, None)
     starts = itertools.accumulate((len(batch) for batch in batches), initial=0)
-    run.through(
-        model,
-        (Batch(batch, torch.arange(start, start + len(batch))) for batch, start in zip(batches, starts, strict=False)),
-    )
+    run.through(model, (_numbered(batch, start) for batch, start in zip(batches, starts, strict=False)))
     readings([run.partial()])
+
+
+def suite(metrics: str, model: nn.Module, batches: Batches) -> float:
+    """The batches as later ones of an analysis with these metrics; returns the seconds that they took.
+
+    Not counted is what happens once, however many images follow: the first images, on which the model is checked and
+    which are all compared with each other, and readings from sums.
+    """
+    run = Run(Options(metrics=metrics), batches[0].device, None, None)
+    begun = 0.0
+
+    def numbered() -> Iterator[Batch]:
+        nonlocal begun
+        yield _numbered(batches[0][:FIRST], 0)
+        if batches[0].is_cuda:
+            torch.cuda.synchronize()
+        begun, start = time.perf_counter(), BLOCK * PAIRED_BLOCKS
+        for batch in batches:
+            yield _numbered(batch, start)
+            start += len(batch)
+
+    run.through(model, numbered())
+    if batches[0].is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+def _numbered(images: Tensor, start: int) -> Batch:
+    return Batch(images, torch.arange(start, start + len(images)))
 
 
 def extracted(model: nn.Module, batches: Batches) -> None:
@@ -100,7 +132,7 @@ class Contender:
     """Something to measure.
 
     Attributes:
-        run: takes a model and batches.
+        run: takes a model and batches; returns the seconds that count, or None where all do.
         build: makes the model it needs of an architecture's name.
         only: names of models on which it ends in reasonable time; all where empty.
         without: names of models on which it does not.
@@ -108,7 +140,7 @@ class Contender:
         needs: packages without which it is left out.
     """
 
-    run: Callable[[Any, Batches], None]
+    run: Callable[[Any, Batches], float | None]
     build: Callable[[str], nn.Module]
     only: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
@@ -137,6 +169,7 @@ def hugging_face_tiny(_: str) -> nn.Module:
 
 TINY = "vit_tiny_patch16_224"
 LONG = ("vit_base_patch16_224@1024",)
+DEEP = ("deepvit_32b", "deepvit_vit_32b")
 LARGE = (*LONG, "vit_large_patch14_reg4_dinov2")
 
 PLAIN = "plain fused forward"
@@ -145,7 +178,7 @@ CONTENDERS: dict[str, Contender] = {
     "capture only": Contender(capture_only, timm_model),
     "M and its parts": Contender(partial(suite, "cross_layer_similarity"), timm_model),
     "suite fast": Contender(partial(suite, "fast"), timm_model),
-    "suite all": Contender(partial(suite, "all"), timm_model, without=LARGE),
+    "suite all": Contender(partial(suite, "all"), timm_model, without=(*LARGE, *DEEP)),
     "CKA": Contender(partial(suite, "cka"), timm_model, only=(TINY,)),
     "timm AttentionExtract, pairwise cosine": Contender(
         extracted, partial(timm_model, fused=False), without=LONG, images=2

@@ -41,21 +41,24 @@ class Setting:
         return contender.build(self.model).to(self.device, getattr(torch, self.dtype))
 
 
-def seconds_per_image(setting: Setting, contenders: dict[str, Contender], repeats: int) -> dict[str, list[float]]:
-    """Of every contender, in turn, so that a slow minute hits all of them; the first round warms up."""
+def seconds_per_image(
+    setting: Setting, contenders: dict[str, Contender], repeats: int, rehearsals: int = 1
+) -> dict[str, list[float]]:
+    """Of every contender, in turn, so that a slow minute hits all of them; the first rounds may be rehearsals."""
     models: dict[object, nn.Module] = {}
     times: dict[str, list[float]] = {label: [] for label in contenders}
-    for repeat in range(repeats + 1):
+    for repeat in range(rehearsals + repeats):
         for label, contender in contenders.items():
             key = getattr(contender.build, "keywords", contender.build)
             model = models.setdefault(str(key), setting.build(contender))
             batches = setting.batches(contender.images)
             _wait(setting.device)
             start = time.perf_counter()
-            contender.run(model, batches)
+            counted = contender.run(model, batches)
             _wait(setting.device)
-            if repeat:
-                times[label].append((time.perf_counter() - start) / sum(map(len, batches)))
+            seconds = counted or time.perf_counter() - start
+            if repeat >= rehearsals:
+                times[label].append(seconds / sum(map(len, batches)))
     return times
 
 

@@ -6,14 +6,15 @@
 
 All contenders run on the same images in the same process, in turn, `repeats` times; printed are medians with their
 spread and ratios to the plain fused forward pass of the same run, memory above that pass, the largest difference of M
-from a float64 reference, and the distance to the least that M can cost. What is printed is also written to `--out`, with
-the machine's name, and the curves over images, tokens, layers, heads and batch size beside it.
+from a float64 reference, and the distance to the least that M can cost. Of an analysis only the images count that come
+after the first 64; what happens once, and comparing the first 64 images with each other, is in the curve over the number
+of images. What is printed is also written to `--out`, with the machine's name, and the curves over images, tokens,
+layers, heads and batch size beside it.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import platform
 import statistics
 from pathlib import Path
@@ -57,9 +58,9 @@ def machine(device: str, threads: int) -> str:
 
 
 def table(setting: Setting, repeats: int) -> str:
-    """All contenders on one model."""
-    contenders = chosen(setting.model)
-    times = seconds_per_image(setting, contenders, repeats)
+    """All contenders on one model; passes that take many seconds need no rehearsal, and fewer of them do."""
+    contenders, long = chosen(setting.model), setting.size >= 500
+    times = seconds_per_image(setting, contenders, -(-repeats // 2) if long else repeats, 0 if long else 1)
     base = statistics.median(times[PLAIN])
     lowest = {limit: peak_memory(setting, PLAIN, limit) for limit in {item.images for item in contenders.values()}}
     lines = [
@@ -114,7 +115,7 @@ def main() -> None:
             continue
         images = min(images, options.images or images)
         setting = Setting(model, images, min(batch, images), size, device, dtype, options.threads)
-        parts.append(table(setting, options.repeats if size < 500 else math.ceil(options.repeats / 2)))
+        parts.append(table(setting, options.repeats))
         print(parts[-1], flush=True)
     if not options.no_scaling:
         curves = measure(device, dtype, options.threads, options.repeats)

@@ -15,7 +15,7 @@ import pandas as pd
 import seaborn as sns
 import timm
 import torch
-from contenders import plain, suite
+from contenders import plain, suite, whole_suite
 
 #: The model in the middle of all curves, and what is varied around it.
 CENTRE = {"images": 32, "pixels": 224, "layers": 12, "heads": 6, "batch": 16}
@@ -31,6 +31,12 @@ CONTENDERS = {
     "M and its parts": partial(suite, "cross_layer_similarity"),
     "suite fast": partial(suite, "fast"),
 }
+#: Over the number of images, what happens once counts, too.
+WHOLE = {
+    "plain": plain,
+    "M and its parts": partial(whole_suite, "cross_layer_similarity"),
+    "suite fast": partial(whole_suite, "fast"),
+}
 WIDTH, PATCH = 384, 16
 
 
@@ -40,11 +46,17 @@ def measure(device: str, dtype: str, threads: int, repeats: int) -> pd.DataFrame
     rows = []
     for axis, values in CURVES.items():
         for value in values:
-            rows.append({"axis": axis, "value": value, **_point({**CENTRE, axis: value}, device, dtype, repeats)})
+            rows.append(
+                {
+                    "axis": axis,
+                    "value": value,
+                    **_point({**CENTRE, axis: value}, device, dtype, repeats, axis == "images"),
+                }
+            )
     return pd.DataFrame(rows)
 
 
-def _point(sizes: dict[str, int], device: str, dtype: str, repeats: int) -> dict[str, Any]:
+def _point(sizes: dict[str, int], device: str, dtype: str, repeats: int, whole: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     model = timm.create_model(
         "vit_base_patch16_224", img_size=sizes["pixels"], embed_dim=WIDTH, depth=sizes["layers"],
@@ -53,13 +65,14 @@ def _point(sizes: dict[str, int], device: str, dtype: str, repeats: int) -> dict
     images = torch.randn(sizes["images"], 3, sizes["pixels"], sizes["pixels"]).to(device, getattr(torch, dtype))
     batches = list(images.split(sizes["batch"]))
     times: dict[str, list[float]] = {label: [] for label in CONTENDERS}
-    for repeat, (label, run) in itertools.product(range(repeats + 1), CONTENDERS.items()):
+    contenders = WHOLE if whole else CONTENDERS
+    for repeat, (label, run) in itertools.product(range(repeats + 1), contenders.items()):
         start = time.perf_counter()
-        run(model, batches)
+        counted = run(model, batches)
         if device == "cuda":
             torch.cuda.synchronize()
         if repeat:
-            times[label].append(time.perf_counter() - start)
+            times[label].append(counted or time.perf_counter() - start)
     medians = {label: statistics.median(values) for label, values in times.items()}
     ratios = {label: value / medians["plain"] for label, value in medians.items() if label != "plain"}
     return {"tokens": (sizes["pixels"] // PATCH) ** 2 + 1, "ms/image": 1000 * medians["plain"] / len(images), **ratios}

@@ -33,9 +33,6 @@ from collapse_probe.streaming import Run
 
 Batches = list[Tensor]
 
-#: Images of the batch before the one that counts.
-FIRST = 2 * BLOCK
-
 
 def plain(model: nn.Module, batches: Batches) -> None:
     """The forward pass alone, fused attention on."""
@@ -44,12 +41,19 @@ def plain(model: nn.Module, batches: Batches) -> None:
             model(batch)
 
 
-def capture_only(model: nn.Module, batches: Batches) -> None:
-    """Queries and keys are kept, as an analysis keeps them, and nothing is computed from them."""
+def capture_only(model: nn.Module, batches: Batches) -> float:
+    """Queries and keys are kept, as an analysis keeps them, and nothing is computed from them; as in :func:`suite`,
+    a batch goes before those that count."""
     with torch.inference_mode(), kept_memory():
-        for batch in batches:
+        begun = 0.0
+        for number, batch in enumerate([batches[0], *batches]):
+            if number == 1:
+                begun = time.perf_counter()
             with capture(model):
                 model(batch)
+        if batches[0].is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - begun
 
 
 def whole_suite(metrics: str, model: nn.Module, batches: Batches) -> None:
@@ -63,15 +67,15 @@ def whole_suite(metrics: str, model: nn.Module, batches: Batches) -> None:
 def suite(metrics: str, model: nn.Module, batches: Batches) -> float:
     """The batches as later ones of an analysis with these metrics; returns the seconds that they took.
 
-    Not counted is what happens once, however many images follow: the first images, on which the model is checked and
-    which are all compared with each other, and readings from sums.
+    Not counted is what happens once, however many images follow: the first images, on which the model is checked, which
+    are all compared with each other and for which memory is fetched from the system, and readings from sums.
     """
     run = Run(Options(metrics=metrics), batches[0].device, None, None)
     begun = 0.0
 
     def numbered() -> Iterator[Batch]:
         nonlocal begun
-        yield _numbered(batches[0][:FIRST], 0)
+        yield _numbered(batches[0], 0)
         if batches[0].is_cuda:
             torch.cuda.synchronize()
         begun, start = time.perf_counter(), BLOCK * PAIRED_BLOCKS
@@ -181,7 +185,7 @@ CONTENDERS: dict[str, Contender] = {
     "suite all": Contender(partial(suite, "all"), timm_model, without=(*LARGE, *DEEP)),
     "CKA": Contender(partial(suite, "cka"), timm_model, only=(TINY,)),
     "timm AttentionExtract, pairwise cosine": Contender(
-        extracted, partial(timm_model, fused=False), without=LONG, images=2
+        extracted, partial(timm_model, fused=False), without=LONG, images=1
     ),
     "Hugging Face attentions, NumPy loops": Contender(
         hugging_face, hugging_face_tiny, only=(TINY,), images=1, needs=("transformers",)

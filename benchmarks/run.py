@@ -6,10 +6,10 @@
 
 All contenders run on the same images in the same process, in turn, `repeats` times; printed are medians with their
 spread and ratios to the plain fused forward pass of the same run, memory above that pass, the largest difference of M
-from a float64 reference, and the distance to the least that M can cost. Of an analysis only the images count that come
-after the first 64; what happens once, and comparing the first 64 images with each other, is in the curve over the number
-of images. What is printed is also written to `--out`, with the machine's name, and the curves over images, tokens,
-layers, heads and batch size beside it.
+from a float64 reference, and the distance to the least that M can cost. Of an analysis only images count that come
+after the first 64; what happens once, and comparing the first 64 images with each other, is in the curve over the
+number of images. What is printed is also written to `--out`, with the machine's name, and the curves over images,
+tokens, layers, heads and batch size beside it.
 """
 
 from __future__ import annotations
@@ -105,27 +105,30 @@ def main() -> None:
     options = parser.parse_args()
     device, dtype = ("cuda", "bfloat16") if options.suite == "gpu" else ("cpu", "float32")
     torch.set_num_threads(options.threads)
-    parts = [
-        f"{machine(device, options.threads)}, torch {torch.__version__}, timm {timm.__version__}",
-        f"median of {options.repeats}; suite {options.suite}\n",
-    ]
-    print("\n".join(parts), flush=True)
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+    parts: list[str] = []
+
+    def say(part: str) -> None:
+        """Print, and keep what is known so far: the whole takes an hour."""
+        print(part, flush=True)
+        parts.append(part)
+        if options.out is not None:
+            (options.out / f"{options.suite}.txt").write_text("\n".join(parts) + "\n", encoding="utf-8")
+
+    where = f"{machine(device, options.threads)}, torch {torch.__version__}, timm {timm.__version__}"
+    say(f"{where}\nmedian of {options.repeats}; suite {options.suite}\n")
     for model, size, images, batch in SUITES[options.suite]:
         if options.models and model not in options.models:
             continue
         images = min(images, options.images or images)
         setting = Setting(model, images, min(batch, images), size, device, dtype, options.threads)
-        parts.append(table(setting, options.repeats))
-        print(parts[-1], flush=True)
+        say(table(setting, options.repeats))
     if not options.no_scaling:
         curves = measure(device, dtype, options.threads, options.repeats)
-        parts.append(curves.to_string(index=False, float_format="{:.2f}".format) + "\n")
-        print(parts[-1], flush=True)
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / f"{options.suite}.txt").write_text("\n".join(parts), encoding="utf-8")
-        if not options.no_scaling:
-            draw(curves, options.out / f"{options.suite}_scaling.png", parts[0])
+        say(curves.to_string(index=False, float_format="{:.2f}".format))
+        if options.out is not None:
+            draw(curves, options.out / f"{options.suite}_scaling.png", where)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def similarity_by_token(
         UsageError: unknown group.
     """
     chosen = choose_group(analysis, group)
-    values = _over_windows(chosen, _adjacent(chosen, "similarity_by_token"))
+    values = over_windows(chosen, _adjacent(chosen, "similarity_by_token"))
     figure, axes = _panels(len(values)) if ax is None else several_axes(ax)
     if ax is None:
         title = titled("Similarity to the previous block, by key token", analysis, chosen)
@@ -92,7 +92,7 @@ def similarity_by_token(
         panel.set_title(f"Blocks {index}–{index + 1}{prefix}", fontweight="normal", fontsize=7.5)
     for panel in axes[len(shown) :]:
         panel.set_axis_off()
-    if _grid(chosen) is not None:
+    if patch_grid(chosen) is not None:
         bar = figure.colorbar(ScalarMappable(norm, SEQUENTIAL), ax=list(axes), label="M", shrink=0.8)
         bar.outline.set_visible(False)
     return figure, axes
@@ -117,14 +117,14 @@ def _adjacent(group: Group, name: str) -> NDArray[np.float64]:
     return np.asarray(stored, dtype=np.float64)[later - 1, later]
 
 
-def _over_windows(group: Group, values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """``[L - 1, W K]`` -> ``[L - 1, K]``: means over the windows in which a token is attended to."""
-    if group.windows == 1 or values.shape[1] != group.windows * group.keys:
+def over_windows(group: Group, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``[..., W K]`` -> ``[..., K]``: means over the windows in which a token is attended to."""
+    if group.windows == 1 or values.shape[-1] != group.windows * group.keys:
         return values
-    by_window = values.reshape(len(values), group.windows, group.keys)
-    count = np.isfinite(by_window).sum(1)
+    by_window = values.reshape(*values.shape[:-1], group.windows, group.keys)
+    count = np.isfinite(by_window).sum(-2)
     with np.errstate(invalid="ignore"):
-        return np.where(count > 0, np.nansum(by_window, axis=1) / count, np.nan)
+        return np.where(count > 0, np.nansum(by_window, axis=-2) / count, np.nan)
 
 
 def _panels(available: int) -> tuple[Figure, NDArray[Any]]:
@@ -135,7 +135,7 @@ def _panels(available: int) -> tuple[Figure, NDArray[Any]]:
     return figure, figure.subplots(rows, columns, squeeze=False).ravel()
 
 
-def _grid(group: Group) -> tuple[int, int] | None:
+def patch_grid(group: Group) -> tuple[int, int] | None:
     """The patch grid, where prefix and grid account for every key token."""
     if group.grid is None or group.prefix_tokens + group.grid[0] * group.grid[1] != group.keys:
         return None
@@ -143,7 +143,7 @@ def _grid(group: Group) -> tuple[int, int] | None:
 
 
 def _draw_tokens(ax: Axes, group: Group, values: NDArray[np.float64], norm: Normalize) -> None:
-    grid = _grid(group)
+    grid = patch_grid(group)
     if grid is None:
         ax.plot(values, color=BLUE, linewidth=0.8)
         place = "Key token of a window" if group.windows > 1 else "Key token"

@@ -227,10 +227,10 @@ def _family(family: str, analysis: Analysis, group: str | None) -> tuple[Figure,
     }
     reasons = {panel.title: _why_undefined(analysis, panel, tracks[panel.of_features]) for panel in PANELS[family]}
     panels = [panel for panel in PANELS[family] if reasons[panel.title] is not None]
-    stream = _spectral_stream(analysis) if family == "tokens" and group is None else None
-    if not panels and stream is None:
+    spectrum = spectra(analysis) if family == "tokens" and group is None else None
+    if not panels and spectrum is None:
         return _nothing(family)
-    count = len(panels) + (stream is not None)
+    count = len(panels) + (spectrum is not None)
     names = [name for panel in panels for name in panel.lines]
     small_print = [bands_in_words(analysis, names), *_letters(analysis, group, panels)]
     if "similarity_ratio" in names:
@@ -251,8 +251,8 @@ def _family(family: str, analysis: Analysis, group: str | None) -> tuple[Figure,
         drawn_below = below < len(panels) and not reasons[panels[below].title]
         numbers = not (same and drawn_below and not track.brackets)
         depth_axis(ax, track, numbers, most=16 if columns < 3 else 9)
-    if stream is not None:
-        _spectrum(axes[count - 1], stream, analysis)
+    if spectrum is not None:
+        _spectrum(axes[count - 1], *spectrum)
     key_below(figure, small_print)
     return figure, axes
 
@@ -335,14 +335,22 @@ def _spectral_stream(analysis: Analysis) -> Stream | None:
     return max(known, key=lambda item: len(item.layers), default=None)
 
 
-def _spectrum(ax: Axes, stream: Stream, analysis: Analysis) -> None:
-    """Log amplitude over frequency, a line per block from dark to light (Park and Kim, figure 2)."""
+def spectra(analysis: Analysis) -> tuple[str, NDArray[np.float64], NDArray[np.float64]] | None:
+    """Log amplitude by frequency of the stream with most blocks: its name where there are several, the frequencies
+    (multiples of pi per patch), and a row for each block; None where it was not measured."""
+    stream = _spectral_stream(analysis)
+    if stream is None:
+        return None
     curves = stream.arrays["relative_log_amplitude_by_frequency"]
-    norm = Normalize(0, max(len(curves) - 1, 1) * 1.1)  # the lightest yellow is lost on white
-    scale = ScalarMappable(norm, SEQUENTIAL)
     # Frequencies are evenly spaced from 0; on grids of even size the last is one step below pi.
     size = min(stream.grid or (2 * curves.shape[1], 0)) or 2 * curves.shape[1]
-    at = np.arange(curves.shape[1]) * 2 / size
+    return f" ({stream.name})" if len(analysis.streams) > 1 else "", np.arange(curves.shape[1]) * 2 / size, curves
+
+
+def _spectrum(ax: Axes, whose: str, at: NDArray[np.float64], curves: NDArray[np.float64]) -> None:
+    """Log amplitude over frequency, a line per block from dark to light (Park and Kim, figure 2)."""
+    norm = Normalize(0, max(len(curves) - 1, 1) * 1.1)  # the lightest yellow is lost on white
+    scale = ScalarMappable(norm, SEQUENTIAL)
     for block, curve in enumerate(curves):
         ax.plot(
             at,
@@ -351,7 +359,6 @@ def _spectrum(ax: Axes, stream: Stream, analysis: Analysis) -> None:
             linewidth=0.9,
             marker="." if len(at) < 12 else None,
         )
-    whose = f" ({stream.name})" if len(analysis.streams) > 1 else ""
     ax.set_title(f"Spectrum{whose}", fontsize=8)
     ax.set(xlabel="Frequency (π per patch)", ylabel="Δ log amplitude")
     ax.grid(visible=True)

@@ -47,8 +47,8 @@ READINGS = {
 #: The readings of attention columns, and those beside them; those of token features belong to residual streams.
 COLUMNS = ("similarity", "centred", "image_independent", "excess")
 BESIDE = ("tv_similarity", "feature_similarity", "cka")
-_OF_FEATURES = ("cka", "feature_similarity")
-_SIGNED = ("centred", "excess")
+OF_FEATURES = ("cka", "feature_similarity")
+SIGNED = ("centred", "excess")
 _PART_WORDS = {"all": "", "prefix": ", prefix tokens", "patch": ", patch tokens"}
 _MOST_ANNOTATED, _LONGEST_PLACE = 16, 36
 
@@ -87,7 +87,7 @@ def layer_similarity(
         raise UsageError(f"reading={reading!r} is unknown; choose one of {list(READINGS)}.")
     if part not in PARTS:
         raise UsageError(f"part={part!r} is unknown; choose one of {list(PARTS)}.")
-    shown = _owners(analysis, reading, group)
+    shown = owners_of(analysis, reading, group)
     known = {name for item in shown.groups for name in item.matrices}
     if part not in known and part != "all":
         whose = "no group has a" if shown.several else f"group {shown.groups[0].name} has no"
@@ -103,9 +103,9 @@ def layer_similarity(
     return figure, ax
 
 
-def _owners(analysis: Analysis, reading: str, group: str | None) -> Arrangement:
+def owners_of(analysis: Analysis, reading: str, group: str | None) -> Arrangement:
     """The groups, or for token features the streams, whose matrices are shown."""
-    if reading not in _OF_FEATURES or not analysis.streams:
+    if reading not in OF_FEATURES or not analysis.streams:
         return arrange(analysis, group)
     named = next((stream for stream in analysis.streams if stream.name == group), None)
     if named is not None:
@@ -151,7 +151,7 @@ def similarity_beside(analysis: Analysis) -> tuple[Figure, NDArray[Any]]:
     figure = new_figure(max(3.4 * len(readings), 4.4), 3.1)
     axes = figure.subplots(1, len(readings), squeeze=False).ravel()
     for ax, reading in zip(axes, readings, strict=True):
-        shown = _owners(analysis, reading, None)
+        shown = owners_of(analysis, reading, None)
         _draw(ax, shown, "all", reading, annotate=False)
         ax.set_title(READINGS[reading][0], pad=title_pad(shown.several))
     return figure, axes
@@ -165,11 +165,11 @@ def _pairs(owner: Group | Stream, reading: str) -> bool:
 def _draw(ax: Axes, shown: Arrangement, part: str, reading: str, annotate: bool) -> None:
     """One heatmap with its colour bar; hatched cells have no value."""
     count = len(shown.layers)
-    values = _values(shown, part, reading)
+    values = values_between(shown, part, reading)
     ax.set_box_aspect(1)
     if not np.isfinite(values).any():
         return say_undefined(ax, "for any two layers")
-    scale = colour_scale(values, signed=reading in _SIGNED)
+    scale = colour_scale(values, signed=reading in SIGNED)
     ax.patch.set(facecolor="0.97", hatch="/////", edgecolor="0.7")
     sns.heatmap(
         values,
@@ -191,7 +191,7 @@ def _draw(ax: Axes, shown: Arrangement, part: str, reading: str, annotate: bool)
     return None
 
 
-def _values(shown: Arrangement, part: str, reading: str) -> NDArray[np.float64]:
+def values_between(shown: Arrangement, part: str, reading: str) -> NDArray[np.float64]:
     """`[L, L]` over all layers shown; NaN between groups, and where a group lacks the part or the reading."""
     values = np.full((len(shown.layers), len(shown.layers)), np.nan)
     for group, (start, stop) in zip(shown.groups, shown.spans, strict=True):

@@ -94,7 +94,7 @@ def draw_panel(ax: Axes, analysis: Analysis, panel: Panel, track: Track) -> None
     table = analysis.layers.loc[track.layers]
     names = panel.defined(table)
     small = len(track.layers) > 20
-    twins = _without_outliers(table, panel, names)
+    twins = without_outliers(table, panel, names)
     for place, name in enumerate(panel.lines):
         if name in names and name not in twins:
             label = "all: none has a high norm" if f"{name}_typical" in twins else panel.lines[name]
@@ -138,7 +138,7 @@ def bands_in_words(analysis: Analysis, names: Sequence[str]) -> str:
     return f"Bands: ±1 standard error over images; 95 % interval of the {listed}."
 
 
-def _without_outliers(table: pd.DataFrame, panel: Panel, names: Sequence[str]) -> list[str]:
+def without_outliers(table: pd.DataFrame, panel: Panel, names: Sequence[str]) -> list[str]:
     """Lines without high-norm tokens that say the same as those with them, as there are none."""
     pairs = [(name, f"{name}_typical") for name in panel.lines if f"{name}_typical" in names]
     return [twin for name, twin in pairs if np.array_equal(column(table, name), column(table, twin), equal_nan=True)]
@@ -158,18 +158,28 @@ def _line(ax: Axes, table: pd.DataFrame, track: Track, name: str, label: str, pl
 
 
 def _limits(ax: Axes, table: pd.DataFrame, panel: Panel, names: Sequence[str]) -> None:
-    """The range of the readings where it has ends, wider where values (or bands) leave it."""
+    low, high, log = axis_ends(table, panel, names)
+    if log:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(numticks=5))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+        return
+    ax.set_ylim(low, high)
+
+
+def axis_ends(table: pd.DataFrame, panel: Panel, names: Sequence[str]) -> tuple[float, float, bool]:
+    """Ends of a panel's axis, and whether it is logarithmic; then they are those of the values.
+
+    The range of the readings where it has ends, wider where values (or bands) leave it, with a margin.
+    """
     ends = np.concatenate([np.concatenate(spread(table, name)[:2]) for name in names])
     ends = ends[np.isfinite(ends)]
     known = [READINGS[name] for name in names if name in READINGS] or [READINGS[_whole(name)] for name in names]
     values = np.concatenate([column(table, name) for name in names])
     values = values[np.isfinite(values)]
     if panel.log and values.min() > 0 and values.max() > _WIDE * values.min():
-        ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(numticks=5))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        ax.yaxis.set_minor_formatter(NullFormatter())
-        return
+        return float(values.min()), float(values.max()), True
     lows, highs = [item.low for item in known], [item.high for item in known]
     low = min([ends.min(), *(end for end in lows if end is not None)])
     high = max([ends.max(), *(end for end in highs if end is not None)])
@@ -178,7 +188,7 @@ def _limits(ax: Axes, table: pd.DataFrame, panel: Panel, names: Sequence[str]) -
     if high - low < 1e-9:
         high = low + 0.1
     margin = 0.06 * (high - low)
-    ax.set_ylim(low - margin, high + margin)
+    return float(low - margin), float(high + margin), False
 
 
 def _whole(name: str) -> str:

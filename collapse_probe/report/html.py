@@ -6,13 +6,14 @@ from pathlib import Path
 
 from collapse_probe.files import write_atomically
 from collapse_probe.plots import Gallery
-from collapse_probe.report import content, figures
+from collapse_probe.report import charts, content, figures, scripts
+from collapse_probe.report.explorer import MEANINGS, explorer
 from collapse_probe.report.rendering import fill
 from collapse_probe.result import Analysis
 
 
 def render_html(analysis: Analysis | Gallery) -> str:
-    """The whole page: no script, nothing loaded from anywhere, every text escaped, pictures inside.
+    """The whole page: nothing loaded from anywhere, every text escaped, pictures and Plotly inside.
 
     Args:
         analysis: what to report, or its :class:`~collapse_probe.plots.Gallery`, so that a figure that has been drawn
@@ -20,8 +21,20 @@ def render_html(analysis: Analysis | Gallery) -> str:
     """
     gallery = analysis if isinstance(analysis, Gallery) else Gallery(analysis)
     analysis = gallery.analysis
+    sections, between = charts.sections(analysis), explorer(analysis)
+    drawn = {
+        "charts": [chart.drawn for section in sections for chart in section.charts],
+        "explorer": None if between is None else {**between.drawn, "start": between.start},
+        "meanings": MEANINGS,
+        "order": [] if between is None else [name for name, _, _ in between.readings],
+        "parts": [] if between is None else [name for name, _ in between.parts],
+    }
     return fill(
         "report.html.jinja",
+        policy=scripts.policy(),
+        plotly=scripts.plotly(),
+        script=scripts.page(),
+        data=scripts.as_data(drawn),
         model=content.model_name(analysis),
         complete=analysis.complete,
         extent=content.extent(analysis),
@@ -30,8 +43,8 @@ def render_html(analysis: Analysis | Gallery) -> str:
         findings=content.ordered(analysis.findings),
         derived=content.derived(analysis),
         hero=figures.hero(gallery),
-        overview=figures.overview(gallery),
-        sections=figures.sections(gallery),
+        explorer=between,
+        sections=sections,
         columns=content.columns(analysis),
         rows=content.rows(analysis),
         groups=content.groups(analysis),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import copy
+import hashlib
 import html
 import io
+import json
 import re
 import subprocess
 import sys
@@ -22,7 +24,10 @@ from collapse_probe.errors import OutputError
 from collapse_probe.plots import Gallery
 from collapse_probe.readings import FAMILIES, READINGS
 from collapse_probe.report import content, print_summary, render_html, to_html, write_report
-from collapse_probe.report.figures import hero, hero_name, overview, sections
+from collapse_probe.report.charts import sections
+from collapse_probe.report.figures import hero, hero_name
+from collapse_probe.report.scripts import page as page_script
+from collapse_probe.report.scripts import plotly
 from collapse_probe.result import Analysis, Finding
 from tests.analysis_factory import all_nan, hierarchy, make_analysis, make_full, two_groups
 
@@ -225,20 +230,32 @@ def test_the_page_is_well_formed_and_self_contained(page: str) -> None:
     parsed = _Parsed(page)
     assert parsed.open == []
     for tag, attributes in parsed.tags:
-        assert tag not in ("script", "link", "iframe", "object", "embed", "base")
+        assert tag not in ("link", "iframe", "object", "embed", "base")
         for name, value in attributes.items():
             assert not name.startswith("on")
             if name in ("src", "href"):
                 assert value.startswith(("data:image/png;base64,", "#"))
-    assert not re.search(r"https?://|@import|url\(", page)
+    assert not re.search(r"https?://|@import|url\(", page.replace(plotly(), ""))
 
 
-def test_pictures_have_words_and_are_png(page: str) -> None:
-    images = [attributes for tag, attributes in _Parsed(page).tags if tag == "img"]
-    assert len(images) == 12
-    for attributes in images:
-        assert len(attributes["alt"]) > 30
-        assert base64.b64decode(attributes["src"].split(",")[1]).startswith(b"\x89PNG")
+def test_only_scripts_of_our_own_may_run(page: str) -> None:
+    """A browser runs an inline script only if its hash is in the policy."""
+    scripts = re.findall(r"<script(?: [^>]*)?>(.*?)</script>", page, flags=re.DOTALL)
+    assert [bool(words) for words in scripts] == [True] * 3
+    data, *code = scripts
+    assert code == [plotly(), page_script()]
+    assert json.loads(data)["charts"]
+    policy = next(item["content"] for tag, item in _Parsed(page).tags if item.get("http-equiv"))
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy.replace("style-src 'unsafe-inline'", "")
+    allowed = re.findall(r"'sha256-([^']+)'", policy)
+    assert allowed == [base64.b64encode(hashlib.sha256(item.encode()).digest()).decode() for item in code]
+
+
+def test_the_picture_beside_the_verdict_has_words_and_is_png(page: str) -> None:
+    (attributes,) = (attributes for tag, attributes in _Parsed(page).tags if tag == "img")
+    assert len(attributes["alt"]) > 30
+    assert base64.b64decode(attributes["src"].split(",")[1]).startswith(b"\x89PNG")
 
 
 def test_the_page_says_everything(page: str) -> None:
@@ -254,7 +271,7 @@ def test_the_page_says_everything(page: str) -> None:
         assert words in text
     assert (
         text.index("repeats the block before")
-        < text.index("Overview")
+        < text.index("Between layers")
         < text.index("Across layers")
         < text.index("Provenance")
     )
@@ -273,27 +290,22 @@ def test_the_picture_at_the_top_belongs_to_the_verdict() -> None:
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_one_figure_of_all_groups_stands_before_those_of_single_ones() -> None:
+def test_groups_are_told_where_there_are_several() -> None:
     analysis = hierarchy()
     analysis.findings = [_finding("fine", "ok")]
     assert hero_name(analysis) == "layer_similarity"
-    names = [picture.name for picture in sections(Gallery(analysis))[0].pictures]
-    assert names[0] == "adjacent_similarity"
-    singles = [name for name in names if name.startswith("layer_similarity")]
-    assert singles == ["layer_similarity_C", "layer_similarity_D", "layer_similarity_E"]
-    assert len(set(names)) == len(names)
     text = _Parsed(render_html(analysis)).text
     for letter, words in content.groups(analysis):
         assert f"{letter}{words}" in text.replace("\n", "")
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_every_family_has_its_section_with_figure_and_table() -> None:
+def test_every_family_has_its_section_with_charts_and_table() -> None:
     analysis = make_full(make_analysis())
-    found = sections(Gallery(analysis))
+    found = sections(analysis)
     assert [section.family for section in found] == list(FAMILIES)
     for section in found:
-        assert section.family in [picture.name for picture in section.pictures]
+        assert section.charts
         own = [item.label for item in READINGS.values() if item.family == section.family]
         assert {heading for heading, _ in section.table.headings} >= set(own)
         assert [layer for layer, _ in section.table.rows] == list(analysis.layers.index)
@@ -301,7 +313,7 @@ def test_every_family_has_its_section_with_figure_and_table() -> None:
     text = _Parsed(render_html(analysis)).text
     for title, question in FAMILIES.values():
         assert f"{title}\n{question}" in text
-    assert [section.family for section in sections(Gallery(make_analysis()))] == [*list(FAMILIES)[:3], "tokens"]
+    assert [section.family for section in sections(make_analysis())] == [*list(FAMILIES)[:3], "tokens"]
 
 
 def test_family_tables_hold_values_with_errors_and_intervals() -> None:
@@ -393,11 +405,9 @@ def test_words_of_a_finding_choose_the_picture_beside_the_verdict() -> None:
         shown = hero(gallery)
         assert shown is not None
         assert shown.name == expected
-        assert not any(picture.name == expected for section in sections(gallery) for picture in section.pictures)
     bare = make_analysis()
     bare.findings = [_finding("bad", "problem", "attention-sinks")]
     assert hero_name(bare) == "adjacent_similarity"
-    assert overview(Gallery(bare)) is not None
 
 
 def test_errors_fill_a_wide_terminal_and_leave_a_narrow_one() -> None:
@@ -412,9 +422,9 @@ def test_errors_fill_a_wide_terminal_and_leave_a_narrow_one() -> None:
 
 @pytest.mark.usefixtures("no_pictures")
 def test_hostile_text_is_escaped_everywhere() -> None:
-    for rendered in (render_html(_hostile()), to_html(_hostile())):
-        assert "<script" not in rendered
-        assert not any(tag == "script" for tag, _ in _Parsed(rendered).tags)
+    for rendered, scripts in ((render_html(_hostile()), 3), (to_html(_hostile()), 0)):
+        assert "<script>alert" not in rendered
+        assert sum(tag == "script" for tag, _ in _Parsed(rendered).tags) == scripts
         assert html.escape("<script>alert(1)</script>") in rendered
 
 
@@ -439,6 +449,25 @@ def test_the_notebook_view_holds_verdict_picture_and_table() -> None:
     assert parsed.text.index("Warning:") < parsed.text.index("blocks.11.attn")
     assert sum(tag == "img" for tag, _ in parsed.tags) == 1
     assert sum(tag == "tr" for tag, _ in parsed.tags) == 13
+
+
+def test_a_finding_shows_itself_with_its_reasons() -> None:
+    finding = make_analysis().findings[0]
+    parsed = _Parsed(finding._repr_html_())
+    assert parsed.open == []
+    for words in (finding.title, finding.evidence, finding.threshold, finding.source, finding.advice, "blocks.11.attn"):
+        assert words in parsed.text
+    hostile = Finding(*[HOSTILE] * 7)
+    assert "<script" not in hostile._repr_html_()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_whole_report_is_shown_in_a_frame_on_request() -> None:
+    analysis = make_analysis(3)
+    shown = analysis.interactive(height=500)._repr_html_()
+    (frame,) = (attributes for tag, attributes in _Parsed(shown).tags if tag == "iframe")
+    assert frame["height"] == "500"
+    assert frame["srcdoc"] == render_html(analysis)
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -470,7 +499,7 @@ def test_reports_load_no_torch() -> None:
 class _Parsed(HTMLParser):
     """Tags with their attributes, the visible text, and whatever was left open."""
 
-    VOID = ("meta", "img", "br", "link", "base")
+    VOID = ("meta", "img", "br", "link", "base", "input")
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -489,7 +518,7 @@ class _Parsed(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
+        if not {"style", "script"} & set(self.open):
             self.text += data
 
 

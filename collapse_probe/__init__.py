@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collapse_probe.analysis import measure as measure
     from collapse_probe.capture import AttentionMap as AttentionMap
     from collapse_probe.capture import capture as capture
+    from collapse_probe.comparing import compare as compare
+    from collapse_probe.comparison import Comparison as Comparison
     from collapse_probe.errors import CollapseProbeError as CollapseProbeError
     from collapse_probe.loading import load_model as load_model
     from collapse_probe.merging import merge as merge
@@ -28,9 +30,11 @@ _HOMES = {
     "Analysis": "collapse_probe.result",
     "AttentionMap": "collapse_probe.capture",
     "CollapseProbeError": "collapse_probe.errors",
+    "Comparison": "collapse_probe.comparison",
     "Finding": "collapse_probe.result",
     "analyze": "collapse_probe.analysis",
     "capture": "collapse_probe.capture",
+    "compare": "collapse_probe.comparing",
     "load_model": "collapse_probe.loading",
     "measure": "collapse_probe.analysis",
     "merge": "collapse_probe.merging",
@@ -42,6 +46,8 @@ __all__ = list(_HOMES)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'collapse_probe' has no attribute {name!r}")
+    if name == "load_model":
+        importlib.import_module("collapse_probe.models")  # registers the bundled architectures with timm
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 

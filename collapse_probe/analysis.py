@@ -40,14 +40,14 @@ from collapse_probe.metrics.functional.ratio import SIMILAR
 from collapse_probe.options import Options, check_preprocessing
 from collapse_probe.partial import Partial, check_shards, is_same_shard
 from collapse_probe.processors import automatic_workers
-from collapse_probe.progress import ProgressBar
+from collapse_probe.progress import own_bar
 from collapse_probe.ranks import ranks
 from collapse_probe.result import Analysis
 from collapse_probe.resuming import Keeper
 from collapse_probe.shards import Shard
 from collapse_probe.shortage import lost_worker, out_of_memory
 from collapse_probe.skipping import SKIPPED_ALLOWED
-from collapse_probe.streaming import Progress, Run, StartOver
+from collapse_probe.streaming import Progress, Run, StartOver, Watch
 from collapse_probe.weights import untouched_norms, unused_heads
 
 #: Without a number of samples, at most this many images of a folder are looked at: errors are below 0.01 long before.
@@ -186,6 +186,7 @@ def measure(
     partial: str | Path | Keeper | None = None,
     resume: bool = False,
     progress: Progress | bool = False,
+    watch: Watch | None = None,
     **settings: Any,
 ) -> Partial:
     """The first half of :func:`analyze`: the sums over the images of one shard.
@@ -200,6 +201,7 @@ def measure(
         model, images, arch, checkpoint, pretrained, use_ema, key, num_heads, allow_bad_weights, model_kwargs, \
 img_size, mean, std, crop_pct, interpolation, partial, resume, progress, settings: as those of :func:`analyze`; the same
             for all shards.
+        watch: looks on, see :class:`~collapse_probe.streaming.Watch`.
 
     Returns:
         The :class:`Partial`; save it with `save(folder)`.
@@ -221,7 +223,7 @@ img_size, mean, std, crop_pct, interpolation, partial, resume, progress, setting
     bundled = images is None
     if images is None:
         images = bundled_models.bundled_images()
-    advice = _borrowed(model, bundled)
+    advice = borrowed(model, bundled)
     if model is None:
         model = bundled_models.bundled_weights()
     given = isinstance(model, nn.Module)
@@ -233,7 +235,7 @@ img_size, mean, std, crop_pct, interpolation, partial, resume, progress, setting
             )
         network = _unwrapped(model)
     elif isinstance(model, (str, Path)):
-        with _drawn_from(options.seed):
+        with drawn_from(options.seed):
             network = load_model(
                 model, arch, pretrained=pretrained, checkpoint=checkpoint, use_ema=use_ema, key=key,
                 num_heads=num_heads, allow_bad_weights=allow_bad_weights, model_kwargs=model_kwargs, img_size=img_size,
@@ -242,7 +244,7 @@ img_size, mean, std, crop_pct, interpolation, partial, resume, progress, setting
         raise UsageError(f"model must be an nn.Module, a timm name or a path; got a {type(model).__name__}.")
     if advice is not None:  # not before a file that is refused: it would only stand in the way of the refusal
         warnings.warn(advice, stacklevel=3)
-    target = _device(options.device, network if given else None)
+    target = device_of(options.device, network if given else None)
     config: dict[str, Any] = {}
     if hasattr(network, "pretrained_cfg") or isinstance(images, (str, Path)):
         config = data_config(
@@ -268,9 +270,10 @@ img_size, mean, std, crop_pct, interpolation, partial, resume, progress, setting
         planned = Partial(options.shard, 0, options.described(), provenance=described)
         if finished is not None and is_same_shard(finished, planned):
             return finished
-    bar = ProgressBar() if progress is True else progress or None
-    job = _Pass(network, source, options, target, described, bar, keeper, started)
-    with bar if isinstance(bar, ProgressBar) and progress is True else nullcontext():
+    own = own_bar() if progress is True else None
+    bar = own or (None if isinstance(progress, bool) else progress)
+    job = _Pass(network, source, options, target, described, bar, keeper, started, watch)
+    with own or nullcontext():
         measured = job.done()
     if keeper is not None and keeper is not partial:
         keeper.discard()
@@ -292,6 +295,7 @@ class _Pass:
         described: the provenance, as far as it is known before.
         keeper: where the state is saved, if anywhere.
         started: when this began, by `time.perf_counter`.
+        watch: looks on, if anyone does.
     """
 
     network: nn.Module
@@ -302,6 +306,7 @@ class _Pass:
     progress: Progress | None
     keeper: Keeper | None
     started: float
+    watch: Watch | None = None
 
     def done(self) -> Partial:
         """What was summed when all images were seen."""
@@ -309,7 +314,7 @@ class _Pass:
         limit = None
         while True:
             find = functools.partial(labels_of, self.source, self.network)
-            run = Run(self.options, self.target, self.progress, self.source.count, find, limit)
+            run = Run(self.options, self.target, self.progress, self.source.count, find, limit, self.watch)
             if saved is not None:
                 _restore(run, saved)
             try:
@@ -407,7 +412,7 @@ def _memory(device: torch.device, run: Run) -> Iterator[None]:
         raise out_of_memory(error, device, run.fed) from error
 
 
-def _borrowed(model: object, bundled: bool) -> str | None:
+def borrowed(model: object, bundled: bool) -> str | None:
     """What to say where a model or images were not given and bundled ones stand in."""
     if model is None and not bundled:
         return "No model given: analysing the bundled ViT for 8x8 pictures of digits."
@@ -431,7 +436,7 @@ def _readable(source: ImageSource, saved: Partial | None, max_skipped: float) ->
 
 
 @contextmanager
-def _drawn_from(seed: int) -> Iterator[None]:
+def drawn_from(seed: int) -> Iterator[None]:
     """Random weights are the same in every process; the caller's own random numbers go on as if there were none."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -457,7 +462,8 @@ class _prepared:
             self._model.to(self._home)
 
 
-def _device(name: str, module: nn.Module | None) -> torch.device:
+def device_of(name: str, module: nn.Module | None) -> torch.device:
+    """The device that was asked for; under "auto" that of a module that was given, else a GPU where there is one."""
     if name == "auto":
         if module is not None:
             parameter = next(module.parameters(), None)

@@ -66,6 +66,11 @@ class Finding:
     def __str__(self) -> str:
         return neutral(f"[{self.severity}] {self.title} ({self.evidence})")
 
+    def _repr_html_(self) -> str:
+        from collapse_probe.report.notebook import finding_to_html
+
+        return finding_to_html(self)
+
 
 @dataclass
 class Group:
@@ -353,6 +358,12 @@ class Analysis:
         from collapse_probe.report.notebook import to_html
 
         return to_html(self)
+
+    def interactive(self, height: int = 800) -> Any:
+        """The interactive report for a notebook, `height` pixels high; 5 MB of the notebook's file."""
+        from collapse_probe.report.notebook import Interactive
+
+        return Interactive(self, height)
 
 
 def _restored(entry: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -41,9 +41,17 @@ from collapse_probe.metrics.tiles import BLOCK
 from collapse_probe.metrics.token_metric import TokenMetric
 from collapse_probe.options import Options
 from collapse_probe.partial import Partial
+from collapse_probe.shards import UNIT
 from collapse_probe.shortage import out_of_memory
 from collapse_probe.signals import undisturbed
 from collapse_probe.top1 import Top1
+
+
+class Watch(Protocol):
+    """Who looks on while images are measured."""
+
+    def __call__(self, index: Tensor, maps: Mapping[str, AttentionMap], features: Mapping[str, TokenFeatures]) -> None:
+        """Complete units of images: their places, and what every layer left of them; gone afterwards."""
 
 
 class Progress(Protocol):
@@ -130,8 +138,10 @@ class Run:
         total: int | None,
         labels: Callable[[int], Labels | None] | None = None,
         limit: int | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self.options, self.device, self.progress, self.total, self.limit = options, device, progress, total, limit
+        self.watch = watch
         self.images = self.fed = self.position = 0
         self.done = False
         self.top1 = Top1(labels)
@@ -142,6 +152,8 @@ class Run:
         self._chosen_metrics, self._named = choose(options.metrics)
         self._wants_features = any(issubclass(item, TokenMetric) for item in self._chosen_metrics)
         self._unit = max((item.unit for item in self._chosen_metrics), default=BLOCK)
+        if watch is not None:
+            self._unit = max(self._unit, UNIT)
         self._turned = False  # whether a batch was turned around, to see that images are told apart
         self._waiting: list[_Waiting] = []
         self._order: list[str] = []
@@ -430,6 +442,9 @@ class Run:
         for stream in self.streams:
             stream.feed({name: joined.features[name].select(0, ready) for name in stream.layers}, index,
                         self.options.tile_bytes)  # fmt: skip
+        if self.watch is not None:
+            chosen = joined.select(0, ready)
+            self.watch(index, chosen.maps, chosen.features)
         total = len(joined.index)
         self._waiting = [joined.select(ready, total, clone=True)] if ready < total else []
         self.fed += ready

@@ -13,8 +13,19 @@ import collapse_probe
 
 PACKAGE = Path(collapse_probe.__file__).parent
 ROOMS = {"capture", "metrics", "models", "loading", "plots", "report"}
-COMMANDS = ["analyze", "inspect", "merge", "metrics", "models"]
-SHARED = {"errors", "files", "readings", "result", "shards", "skipping", "words"}
+COMMANDS = ["analyze", "compare", "inspect", "merge", "metrics", "models"]
+SHARED = {
+    "comparison",
+    "differences",
+    "errors",
+    "files",
+    "readings",
+    "references",
+    "result",
+    "shards",
+    "skipping",
+    "words",
+}
 ALLOWED = {"report": {"plots"}}
 
 
@@ -104,9 +115,11 @@ def test_public_names():
             "Analysis",
             "AttentionMap",
             "CollapseProbeError",
+            "Comparison",
             "Finding",
             "analyze",
             "capture",
+            "compare",
             "load_model",
             "measure",
             "merge",

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from collapse_probe.cli.analyze import analyze
+from collapse_probe.cli.compare import compare
 from collapse_probe.cli.inspect import inspect
 from collapse_probe.cli.merge import merge
 from collapse_probe.cli.metrics import metrics
@@ -25,6 +26,7 @@ app = typer.Typer(
     "6 out of resources, 130 and 143 interrupted.",
 )
 app.command()(analyze)
+app.command()(compare)
 app.command()(inspect)
 app.command()(merge)
 app.command()(metrics)

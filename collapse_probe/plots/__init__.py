@@ -7,6 +7,7 @@ and the caller's matplotlib settings stay as they were.
 from __future__ import annotations
 
 from collapse_probe.plots.comparison import curves_compared, heatmaps_compared
+from collapse_probe.plots.cross import cross_similarity, differences
 from collapse_probe.plots.curves import adjacent_similarity, entropy, head_diversity
 from collapse_probe.plots.details import similarity_by_head, similarity_by_token
 from collapse_probe.plots.families import (
@@ -27,7 +28,9 @@ __all__ = [
     "Gallery",
     "across_layers",
     "adjacent_similarity",
+    "cross_similarity",
     "curves_compared",
+    "differences",
     "entropy",
     "entropy_and_rank",
     "head_diversity",

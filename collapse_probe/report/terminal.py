@@ -15,7 +15,8 @@ from rich.segment import Segments
 from rich.table import Table
 from rich.text import Text
 
-from collapse_probe.report import content
+from collapse_probe.comparison import Comparison
+from collapse_probe.report import content, differences
 from collapse_probe.report.compared import numbers
 from collapse_probe.result import Analysis, Finding
 from collapse_probe.words import REPLACEMENT, neutral
@@ -81,6 +82,35 @@ def print_comparison(analyses: Mapping[str, Analysis], console: Console, closing
     for label, cells in numbers(analyses):
         table.add_row(*(writer.text(words) for words in (label, *cells)))
     writer.wide(table)
+    writer.closing(closing)
+
+
+def print_differences(comparison: Comparison, console: Console, closing: Sequence[str] = ()) -> None:
+    """Print a comparison: every verdict, readings side by side, and what sets each model apart from the first.
+
+    Args:
+        comparison: what to print.
+        console: where.
+        closing: as for :func:`print_summary`.
+    """
+    print_comparison(comparison.analyses, console)
+    writer = _Writer(console)
+    for label in comparison.differences:
+        writer.line("")
+        writer.line(f"{label} against {comparison.reference}, mean over all blocks", "bold")
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
+        table.add_column("reading", overflow="fold")
+        for heading in ("first", "second", "difference", "p"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for reading, cells in differences.rows(comparison, label):
+            table.add_row(*(writer.text(words) for words in (reading, *cells)))
+        writer.wide(table)
+    for cross in comparison.cross:
+        for line in differences.cross_in_words(cross):
+            writer.line(line)
+    writer.line(differences.method(comparison), "dim")
+    for note in comparison.notes[0 if comparison.paired else 1 :]:
+        writer.line(note)
     writer.closing(closing)
 
 

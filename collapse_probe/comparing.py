@@ -34,8 +34,10 @@ from collapse_probe.streaming import Progress
 #: Groups of images that errors come from, where there are enough images.
 GROUPS = 16
 
-#: Arguments of :func:`load_model` that may be given for all models that are files or names.
-_LOADING = ("arch", "pretrained", "use_ema", "key", "num_heads", "allow_bad_weights", "model_kwargs", "img_size")
+#: Arguments of :func:`load_model` that are about files of weights, about bare names, and about both.
+_OF_FILES = ("arch", "use_ema", "key", "num_heads")
+_OF_NAMES = ("pretrained",)
+_LOADING = (*_OF_FILES, *_OF_NAMES, "allow_bad_weights", "model_kwargs", "img_size")
 
 Source = nn.Module | str | Path | Analysis
 
@@ -60,7 +62,8 @@ def compare(
         groups: into how many groups of eight images or more the images are dealt out for the errors, 4 to 1000; fewer
             where there are fewer images.
         progress: as of :func:`collapse_probe.analyze`.
-        settings: further arguments of :func:`collapse_probe.analyze`, the same for all models.
+        settings: further arguments of :func:`collapse_probe.analyze`, the same for all models; those about weights
+            (`arch`, `use_ema`, `key`, `num_heads`) for those that are files, `pretrained` for those that are names.
 
     Returns:
         The :class:`~collapse_probe.comparison.Comparison`.
@@ -185,8 +188,10 @@ def _loaded(label: str, source: Source, loading: Mapping[str, Any], device: str)
     if isinstance(source, nn.Module):
         return _Model(label, source, device)
     assert isinstance(source, (str, Path))
+    others = _OF_NAMES if Path(source).exists() else _OF_FILES
+    own = {name: value for name, value in loading.items() if name not in others}
     try:
-        return _Model(label, load_model(source, **loading), str(device_of(device, None)))
+        return _Model(label, load_model(source, **own), str(device_of(device, None)))
     except CollapseProbeError as error:
         error.args = (f"{label}: {error}",)
         raise

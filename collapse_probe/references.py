@@ -44,4 +44,4 @@ def in_words(reading: str) -> str:
 
 
 def _digits(value: float) -> str:
-    return f"{value:.2f}" if abs(value) < 10 else f"{value:.3g}"
+    return (f"{value:.2f}" if abs(value) < 10 else f"{value:.3g}").replace("-0.00", "0.00")

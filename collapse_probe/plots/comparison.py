@@ -12,6 +12,7 @@ import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from collapse_probe.errors import UsageError
@@ -118,6 +119,8 @@ def curves_compared(analyses: Mapping[str, Analysis]) -> tuple[Figure, NDArray[n
                 depth, values, line, color=colour, marker=marker, markersize=2.6, linewidth=1.1, label=as_written(label)
             )
         _limits(ax)
+        if not relative:
+            ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     keys = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
     figure.legend(keys.values(), keys.keys(), loc="outside lower center", ncols=min(len(keys), 3))
     return figure, axes[: len(shown)]

@@ -85,4 +85,5 @@ def _at_equal_depth(values: np.ndarray) -> str:
     rows, columns = (np.round(depth * (size - 1)).astype(int) for size in values.shape)
     along = values[rows, columns]
     along = along[np.isfinite(along)]
-    return f"{along.mean():.2f} ({along.min():.2f} to {along.max():.2f})" if along.size else "not defined"
+    words = f"{along.mean():.2f} ({along.min():.2f} to {along.max():.2f})" if along.size else "not defined"
+    return words.replace("-0.00", "0.00")

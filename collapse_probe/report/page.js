@@ -200,7 +200,8 @@
     const marked = row < 0 || column < 0 ? []
       : [[row, column], [column, row]].map(([y, x]) => ({
         type: "rect", x0: x - 0.5, x1: x + 0.5, y0: y - 0.5, y1: y + 0.5, line: { color: colour("--mark"), width: 3 } }));
-    const numbers = count > 14 ? [] : view.values.flatMap((line, y) => line.map((value, x) => ({ value, x, y })))
+    const wide = (width || element.clientWidth || 480) - 110; // beside labels and the colour bar
+    const numbers = count > 14 || wide / count < 26 ? [] : view.values.flatMap((line, y) => line.map((value, x) => ({ value, x, y })))
       .filter(({ value }) => value !== null)
       .map(({ value, x, y }) => ({ x, y, text: value.toFixed(2).replace("-0.00", "0.00"), showarrow: false,
         font: { size: count > 9 ? 9 : 11, color: legible(shadeAt(view, value)) } }));

@@ -12,10 +12,10 @@ import pytest
 import collapse_probe
 
 PACKAGE = Path(collapse_probe.__file__).parent
-ROOMS = {"capture", "metrics", "models", "loading", "plots", "report"}
-COMMANDS = ["analyze", "inspect", "merge", "metrics", "models"]
-SHARED = {"errors", "files", "readings", "result", "shards", "skipping", "words"}
-ALLOWED = {"report": {"plots"}}
+ROOMS = {"capture", "metrics", "models", "loading", "plots", "report", "conditions"}
+COMMANDS = ["analyze", "inspect", "merge", "metrics", "models", "report"]
+SHARED = {"errors", "files", "ratio", "readings", "result", "shards", "skipping", "words"}
+ALLOWED = {"report": {"plots"}, "conditions": {"diagnosis"}}
 
 
 def imports_of(path):
@@ -59,6 +59,7 @@ def test_rooms_do_not_import_each_other(room):
     [
         ("plots", {"torch", "timm", "torchmetrics"}),
         ("report", {"torch", "timm", "torchmetrics"}),
+        ("conditions", {"torch", "timm", "torchmetrics", "matplotlib", "seaborn"}),
         ("metrics", {"timm", "PIL", "matplotlib", "seaborn"}),
         ("capture", {"timm", "PIL", "matplotlib"}),
     ],
@@ -81,6 +82,8 @@ def loaded_after(statement):
         "import collapse_probe.cli",
         "import collapse_probe.plots",
         "import collapse_probe.report",
+        "import collapse_probe.conditions",
+        "import collapse_probe.diagnosis",
         "from collapse_probe import Analysis, Finding",
     ],
 )
@@ -119,7 +122,9 @@ def test_public_names():
         collapse_probe.nonsense  # noqa: B018
 
 
-@pytest.mark.parametrize("module", ["capture", "metrics", "metrics.functional", "models", "loading", "plots", "report"])
+@pytest.mark.parametrize(
+    "module", ["capture", "metrics", "metrics.functional", "models", "loading", "plots", "report", "conditions"]
+)
 def test_every_exported_name_exists_and_is_documented(module):
     import importlib
 

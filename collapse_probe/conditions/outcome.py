@@ -19,8 +19,10 @@ from collapse_probe.result import Analysis
 FAILED, PASSED, NOT_MEASURED = "failed", "passed", "not-measured"
 _STATUS = {BEYOND: FAILED, UNCLEAR: UNCLEAR, CLEAR: PASSED}
 
-#: Layers that a sentence names.
-_MOST = 4
+#: Layers that a sentence names, and digits after the point.
+_MOST, _MOST_PLACES = 4, 9
+
+_EITHER_SIDE = "cannot be told apart from the bound"
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,13 @@ class Comparison:
     status: str
 
     def __str__(self) -> str:
-        error = "" if self.error == 0 or not math.isfinite(self.error) else f"±{self.error:.2g}"
         if self.baseline is None:
-            return f"{self.place} {_in_words(self.value)}{error}"
+            return f"{self.place} {_in_words(self.value, self.error)}"
         both = f"{self.place} {_in_words(self.value)} (baseline {_in_words(self.baseline)}"
         if math.isinf(self.value) or math.isinf(self.baseline):
             return f"{both})"
-        return f"{both}, difference {self.value - self.baseline:+.3g}{error})"
+        gap = self.value - self.baseline
+        return f"{both}, difference {'+' if gap > 0 else ''}{_in_words(gap, self.error)})"
 
 
 @dataclass(frozen=True)
@@ -192,37 +194,29 @@ def _chances(item: Estimate, condition: OnReading) -> tuple[float, float]:
 
 def _message(condition: OnReading, verdict: str, comparisons: tuple[Comparison, ...]) -> str:
     """Which layers decided, and the numbers."""
-    noun = "group" if condition.reading in DERIVED else "layer"
-    count = len(comparisons)
-    nearest = max(comparisons, key=lambda item: condition.sign * _beside(item))
-    if condition.aggregate == "mean":
-        words = {BEYOND: "", CLEAR: "", UNCLEAR: "cannot be told apart from the bound: "}
-        return words[verdict] + str(comparisons[0])
+    if len(comparisons) == 1:
+        words = {BEYOND: "beyond the bound", CLEAR: "clear of the bound", UNCLEAR: _EITHER_SIDE}
+        return f"{words[verdict]}: {comparisons[0]}"
+    count = f"{len(comparisons)} {'group' if condition.reading in DERIVED else 'layer'}s"
+    in_order = sorted(comparisons, key=lambda item: condition.sign * _beside(item))
     if condition.of_all:
-        farthest = min(comparisons, key=lambda item: condition.sign * _beside(item))
         words = {
-            BEYOND: f"in all of {_plural(count, noun)}; nearest to the bound is",
-            CLEAR: f"not in all of {_plural(count, noun)};",
-            UNCLEAR: f"cannot be told apart from the bound in all of {_plural(count, noun)};",
+            BEYOND: f"in all of {count}; nearest to the bound is",
+            CLEAR: f"not in all of {count}; clear of the bound is",
+            UNCLEAR: f"{_EITHER_SIDE} in all of {count}; on its good side, or nearest to it, is",
         }
-        return f"{words[verdict]} {farthest}"
+        return f"{words[verdict]} {in_order[0]}"
     if verdict == CLEAR:
-        return f"in none of {_plural(count, noun)}; nearest to the bound is {nearest}"
+        return f"in none of {count}; nearest to the bound is {in_order[-1]}"
     concerned = [item for item in comparisons if item.status == verdict]
-    listed = _listed(concerned)
-    if verdict == BEYOND:
-        return f"in {len(concerned)} of {_plural(count, noun)}: {listed}"
-    return f"cannot be told apart from the bound in {len(concerned)} of {_plural(count, noun)}: {listed}"
+    more = len(concerned) - _MOST
+    listed = ", ".join(map(str, concerned[:_MOST])) + (f" and {more} more" if more > 0 else "")
+    return f"{'' if verdict == BEYOND else f'{_EITHER_SIDE} '}in {len(concerned)} of {count}: {listed}"
 
 
 def _beside(item: Comparison) -> float:
     """How far a value is above its bound."""
     return 0.0 if item.value == item.bound else item.value - item.bound
-
-
-def _listed(items: list[Comparison]) -> str:
-    more = len(items) - _MOST
-    return ", ".join(map(str, items[:_MOST])) + (f" and {more} more" if more > 0 else "")
 
 
 def _why(analysis: Analysis, reading: str) -> str:
@@ -236,10 +230,11 @@ def _why(analysis: Analysis, reading: str) -> str:
     return f"{words}, a reading of {metric}" + (f": {'; '.join(list(reasons)[:2])}" if reasons else "")
 
 
-def _in_words(value: float) -> str:
-    """A reading; only the onset of a run that does not exist is infinite."""
-    return "none" if math.isinf(value) else f"{value:.4g}"
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+def _in_words(value: float, error: float = 0.0) -> str:
+    """A reading with two digits of its error; only the onset of a run that does not exist is infinite."""
+    if math.isinf(value):
+        return "none"
+    if not 0 < error < math.inf:
+        return f"{value:.4g}{' or none' if math.isinf(error) else ''}"
+    places = max(0, min(1 - math.floor(math.log10(error)), _MOST_PLACES))
+    return f"{value:.{places}f}±{error:.{places}f}"

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 from xml.etree import ElementTree
 
-from collapse_probe.conditions.evidence import UNCLEAR
+from collapse_probe.conditions.evidence import BEYOND, UNCLEAR
 from collapse_probe.conditions.outcome import FAILED, NOT_MEASURED, PASSED, Outcome
 from collapse_probe.result import Analysis, plain
 from collapse_probe.words import neutral
@@ -48,11 +48,10 @@ def to_junit(outcomes: Sequence[Outcome], analysis: Analysis) -> bytes:
         "tests": str(len(outcomes)),
         "failures": str(_count(outcomes, FAILED)),
         "errors": str(_count(outcomes, NOT_MEASURED)),
-        "skipped": "0",
         "time": "0.000",
     }
     root = ElementTree.Element("testsuites", {"name": "collapse-probe", **counts})
-    suite = ElementTree.SubElement(root, "testsuite", {"name": "collapse-probe", **counts})
+    suite = ElementTree.SubElement(root, "testsuite", {"name": "collapse-probe", "skipped": "0", **counts})
     for outcome in outcomes:
         case = ElementTree.SubElement(
             suite,
@@ -76,9 +75,9 @@ def to_junit(outcomes: Sequence[Outcome], analysis: Analysis) -> bytes:
 
 
 def _lines(outcome: Outcome) -> str:
-    """The condition, and every comparison that failed it."""
-    decisive = [neutral(str(item)) for item in outcome.comparisons if item.status == "beyond"]
-    return "\n".join([f"{outcome.condition}: {outcome.message}", *decisive])
+    """Every comparison that failed a condition; the message where there is none."""
+    decisive = [neutral(str(item)) for item in outcome.comparisons if item.status == BEYOND]
+    return "\n".join(decisive or [outcome.message])
 
 
 def _count(outcomes: Sequence[Outcome], status: str) -> int:

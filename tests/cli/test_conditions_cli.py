@@ -66,7 +66,7 @@ def test_a_run_that_passes_and_one_that_fails(tmp_path):
     words = ["analyze", MODEL, "--num-samples", 16]
     passing, failing = "mean(similarity_to_previous)>0.95", "mean(similarity_to_previous)>0.3"
     done = probe(*words, "--out", tmp_path / "good", "--fail-on", passing)
-    assert f"PASSED {passing} mean over 23 layers" in flat(done.stdout)
+    assert f"PASSED {passing} clear of the bound: mean over 23 layers 0." in flat(done.stdout)
     done = probe(
         *words, "--out", tmp_path / "bad", "--fail-on", passing, "--fail-on", failing, "--junit",
         tmp_path / "ci" / "junit.xml", "--conditions-json", tmp_path / "ci" / "conditions.json", code=7,
@@ -146,7 +146,7 @@ def test_outcomes_are_shown_each_with_its_reason(run):
     shown = flat(done.stdout)
     for text, word in conditions.items():
         assert f"{word} {text} " in shown
-    assert "FAILED similarity_to_previous>0.8 in 1 of 11 layers: blocks.11.attn 0.86±0.008" in shown
+    assert "FAILED similarity_to_previous>0.8 in 1 of 11 layers: blocks.11.attn 0.8600±0.0080" in shown
     assert "2 of 5 conditions failed: similarity_to_previous>0.8, attention-collapse." in done.stderr
 
 

@@ -36,12 +36,12 @@ from collapse_probe.loading import (
 )
 from collapse_probe.loading.soundness import constant_matrices, non_finite
 from collapse_probe.merging import merge, merge_one_by_one
-from collapse_probe.metrics.functional.ratio import SIMILAR
 from collapse_probe.options import Options, check_preprocessing
 from collapse_probe.partial import Partial, check_shards, is_same_shard
 from collapse_probe.processors import automatic_workers
 from collapse_probe.progress import own_bar
 from collapse_probe.ranks import ranks
+from collapse_probe.ratio import SIMILAR
 from collapse_probe.result import Analysis
 from collapse_probe.resuming import Keeper
 from collapse_probe.shards import Shard

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from collapse_probe.metrics.functional.ratio import block_similarity_ratio, onset, similar_blocks
 from collapse_probe.metrics.replicates import percentile_interval
+from collapse_probe.ratio import block_similarity_ratio, onset, similar_blocks
 
 
 def block_readings(

@@ -13,7 +13,7 @@ CollapseProbeError                    1   also a ValueError or RuntimeError wher
 │   └── ImageFileError                    one file is no picture that can be read
 ├── OutputError                       5   results cannot be written
 ├── ResourceError                     6   out of memory even with one image at a time
-└── ConditionError                    7   a condition that the caller set does not hold
+└── ConditionError                    7   a condition that the caller set failed
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class ResourceError(CollapseProbeError):
 
 
 class ConditionError(CollapseProbeError):
-    """A condition set by the caller does not hold."""
+    """A condition set by the caller, such as `--fail-on attention-collapse`, failed."""
 
     exit_code = 7
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from collapse_probe.errors import OutputError
@@ -16,8 +17,17 @@ from collapse_probe.signals import undisturbed
 LEAST_FREE = 50 << 20
 
 
-def write_atomically(path: str | Path, content: str | bytes) -> Path:
+#: What to do where results cannot be written.
+_ELSEWHERE = "Choose another --out folder."
+
+
+def write_atomically(path: str | Path, content: str | bytes, advice: str = _ELSEWHERE) -> Path:
     """Write a file so that a reader sees the old content or the new one, never a part.
+
+    Args:
+        path: the file; its folder is made if it does not exist.
+        content: text is written as UTF-8.
+        advice: what to do where it cannot be written, as a sentence.
 
     Raises:
         OutputError: the folder cannot be made or the file cannot be written.
@@ -34,7 +44,7 @@ def write_atomically(path: str | Path, content: str | bytes) -> Path:
         Path(temporary).replace(path)
         temporary = None
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise _cannot_write(path, error, advice) from error
     finally:
         if temporary is not None:  # also after Ctrl-C
             Path(temporary).unlink(missing_ok=True)
@@ -142,8 +152,27 @@ def check_writable(folder: str | Path) -> Path:
     return folder
 
 
-def _cannot_write(path: Path, error: OSError) -> OutputError:
-    return OutputError(f"Cannot write {path}: {error.strerror or error}. Choose another --out folder.")
+def check_file_writable(path: str | Path, advice: str) -> Path:
+    """Make the folder of a file and prove that the file can be written, before any long work.
+
+    Raises:
+        OutputError: it cannot; ends with the advice.
+    """
+    path = Path(path)
+    try:
+        with suppress(FileNotFoundError):
+            if stat.S_ISDIR(path.stat().st_mode):
+                raise IsADirectoryError(None, "it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OutputError(f"Cannot write {path}: {_reason(path.parent, error)}. {advice}") from error
+    return path
+
+
+def _cannot_write(path: Path, error: OSError, advice: str = _ELSEWHERE) -> OutputError:
+    return OutputError(f"Cannot write {path}: {error.strerror or error}. {advice}")
 
 
 def _reason(folder: Path, error: OSError) -> str:

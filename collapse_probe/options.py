@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from collapse_probe.errors import UsageError
-from collapse_probe.metrics.functional.ratio import SIMILAR
+from collapse_probe.ratio import SIMILAR
 from collapse_probe.shards import Shard
 from collapse_probe.skipping import SKIPPED_ALLOWED, check_share
 

@@ -37,6 +37,7 @@ class Metric:
         reads: the map that multiplied the values, the softmax underneath it, or token features.
         source: where it comes from.
         defined: what it is defined on.
+        sample: how many images it looks at; None for all.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Metric:
     reads: str
     source: str
     defined: str
+    sample: int | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ METRICS = {
         Metric("low_pass", "fast", FEATURES, "Wang et al. (arXiv 2203.05962), thm. 1", "every stream"),
         Metric(
             "map_rank", "all", SOFTMAX, "Roy and Vetterli 2007",
-            "two queries and keys or more; more than 512 keys only if asked for by name; the first 8 images",
+            "two queries and keys or more; more than 512 keys only if asked for by name; the first 8 images", 8,
         ),
         Metric("rank_residual", "fast", FEATURES, "Dong et al. (arXiv 2103.03404)", "every stream"),
         Metric(
@@ -432,6 +434,14 @@ BOOKKEEPING = {
     "nonfinite_tokens": "tokens that hold NaN or infinity",
 }
 
+#: Readings of a whole group, `group.derived`, each with the ends of a 95 % interval -> what they hold. All follow from
+#: the cross-layer similarity.
+DERIVED = {
+    "similar_blocks": "how many blocks have a mean M to the previous block above the threshold",
+    "onset": "first block of the run of similar blocks that reaches the last one, from 0; absent where there is no "
+    "such run, and `share` says in what share of the bootstrap draws there is one",
+}
+
 #: Endings of columns that belong to a reading -> what they hold.
 ENDINGS = {
     "_se": "standard error over images",
@@ -513,4 +523,7 @@ def as_markdown() -> str:
         lines.append(f"| `{metric.name}` | {sets} | {metric.reads} | {metric.defined} | {metric.source} |")
     lines += ["", "## Other columns", "", "| column | what it holds |", "|---|---|"]
     lines += [f"| `{name}` | {words} |" for name, words in BOOKKEEPING.items()]
+    lines += ["", "## Readings of a group", "", "`group.derived`, each with `value`, `low` and `high`.", ""]
+    lines += ["| reading | what it holds |", "|---|---|"]
+    lines += [f"| `{name}` | {words} |" for name, words in DERIVED.items()]
     return "\n".join(lines) + "\n"

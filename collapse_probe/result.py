@@ -11,6 +11,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,6 +29,11 @@ from collapse_probe.words import neutral
 #: residual streams, derived readings with intervals, and metrics that are absent.
 SCHEMA_VERSION = 3
 READABLE_VERSIONS = (1, 2, 3)
+
+#: What reading JSON or NumPy's archives raises where a file is damaged.
+_UNREADABLE = (
+    OSError, ValueError, EOFError, KeyError, NotImplementedError, RecursionError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 #: Columns of the map are key tokens; these are the sets of keys that are reported apart.
 PARTS = ("all", "prefix", "patch")
@@ -289,7 +296,7 @@ class Analysis:
             raise DamagedFileError(
                 f"{folder} is not a saved analysis: {Path(error.filename).name} is missing."
             ) from None
-        except (OSError, ValueError, EOFError, KeyError) as error:
+        except _UNREADABLE as error:
             raise DamagedFileError(f"{folder} holds a damaged analysis: {error}") from None
         version = data.get("schema_version") if isinstance(data, dict) else None
         if version not in READABLE_VERSIONS:
@@ -298,7 +305,15 @@ class Analysis:
                 f"{folder}/analysis.json has schema version {version!r}; this version of collapse_probe reads "
                 f"{known}. Run the analysis again, or use the version that wrote it."
             )
-        return cls._from_dict(data, arrays)
+        try:
+            analysis = cls._from_dict(data, arrays)
+            analysis._check()
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise DamagedFileError(
+                f"{folder} holds a damaged analysis: analysis.json is not as this tool writes it "
+                f"({type(error).__name__}: {error!s:.100})."
+            ) from None
+        return analysis
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data: NaN and infinities become null."""
@@ -325,6 +340,8 @@ class Analysis:
     @classmethod
     def _from_dict(cls, data: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> Analysis:
         stored = data["layers"]
+        if any(len(row) != len(stored["columns"]) for row in stored["rows"]):
+            raise ValueError("a row of the layers table is too long or too short")
         table = pd.DataFrame(stored["rows"], columns=stored["columns"])
         table = table.astype(dict(zip(stored["columns"], stored["dtypes"], strict=True))).set_index("layer")
         table.index.name = None
@@ -337,6 +354,21 @@ class Analysis:
         findings = [Finding(**{**entry, "layers": tuple(entry["layers"])}) for entry in data["findings"]]
         absent = data.get("absent", [])
         return cls(table, groups, findings, data["provenance"], data["not_captured"], streams, absent)
+
+    def _check(self) -> None:
+        """Raises TypeError or ValueError where what renderers rely on is of another type or shape than ever written."""
+        _check_all([self.provenance, *self.not_captured, *self.absent], dict)
+        for finding in self.findings:
+            words = (finding.code, finding.severity, finding.title, finding.evidence, finding.threshold, finding.source)
+            _check_all([*words, finding.advice, *finding.layers], str)
+        for owner in self.measured:
+            _check_all([owner.name, *owner.layers], str)
+            if unknown := set(owner.layers) - set(self.layers.index):
+                raise ValueError(f"{owner.name} has layers that are none: {sorted(unknown)}")
+            for readings in owner.matrices.values():
+                for name, matrix in readings.items():
+                    if matrix.shape != (len(owner.layers),) * 2:
+                        raise ValueError(f"{name} of {owner.name} is of shape {matrix.shape}")
 
     def _arrays_as_bytes(self) -> bytes:
         buffer = io.BytesIO()
@@ -364,6 +396,13 @@ class Analysis:
         from collapse_probe.report.notebook import Interactive
 
         return Interactive(self, height)
+
+
+def _check_all(values: list[Any], kind: type) -> None:
+    """Raises TypeError where a value is of another type."""
+    for value in values:
+        if not isinstance(value, kind):
+            raise TypeError(f"{value!r:.60} where {kind.__name__} was expected")
 
 
 def _restored(entry: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:

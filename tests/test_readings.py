@@ -14,9 +14,19 @@ import torch
 
 import collapse_probe
 from collapse_probe import readings
+from collapse_probe.metrics.map_rank import SAMPLE
 from collapse_probe.metrics.suite import suite
 from collapse_probe.metrics.tile_metric import TileMetric
-from collapse_probe.readings import BOOKKEEPING, FAMILIES, METRICS, READINGS, companion, is_bookkeeping, reading_of
+from collapse_probe.readings import (
+    BOOKKEEPING,
+    DERIVED,
+    FAMILIES,
+    METRICS,
+    READINGS,
+    companion,
+    is_bookkeeping,
+    reading_of,
+)
 from collapse_probe.result import Analysis
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "readings.md"
@@ -71,11 +81,18 @@ def test_intervals_are_where_the_registry_says(everything: Analysis) -> None:
         assert (companion(columns, name, "_high") is not None) == reading.interval, name
 
 
+def test_groups_have_the_derived_readings_of_the_registry(everything: Analysis) -> None:
+    (group,) = everything.groups
+    assert list(group.derived) == list(DERIVED)
+    assert all({"value", "low", "high"} <= set(entry) for entry in group.derived.values())
+
+
 def test_the_metrics_are_those_of_the_suite() -> None:
     classes = suite()
     assert sorted(METRICS) == sorted(classes)
     for name, metric in METRICS.items():
         assert metric.cost == classes[name].cost
+        assert metric.sample == (SAMPLE if name == "map_rank" else None)
         if issubclass(classes[name], TileMetric):
             assert metric.reads == {"applied": readings.APPLIED, "softmax": readings.SOFTMAX}[classes[name].map]
         else:
@@ -120,8 +137,14 @@ def test_the_page_is_up_to_date() -> None:
 def test_the_page_has_a_row_for_each_reading() -> None:
     page = readings.as_markdown()
     families, _, rest = page.partition("## Metrics")
-    metrics, _, others = rest.partition("## Other columns")
-    for part, names, cells in ((families, READINGS, 7), (metrics, METRICS, 5), (others, BOOKKEEPING, 2)):
+    metrics, _, rest = rest.partition("## Other columns")
+    others, _, derived = rest.partition("## Readings of a group")
+    for part, names, cells in (
+        (families, READINGS, 7),
+        (metrics, METRICS, 5),
+        (others, BOOKKEEPING, 2),
+        (derived, DERIVED, 2),
+    ):
         rows = [row.replace("\\|", "") for row in part.splitlines() if row.startswith("| `")]
         assert sorted(row.split("`")[1] for row in rows) == sorted(names)
         assert {row.count("|") for row in rows} == {cells + 1}

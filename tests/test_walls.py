@@ -12,13 +12,14 @@ import pytest
 import collapse_probe
 
 PACKAGE = Path(collapse_probe.__file__).parent
-ROOMS = {"capture", "metrics", "models", "loading", "plots", "report"}
-COMMANDS = ["analyze", "compare", "inspect", "merge", "metrics", "models"]
+ROOMS = {"capture", "metrics", "models", "loading", "plots", "report", "conditions"}
+COMMANDS = ["analyze", "compare", "inspect", "merge", "metrics", "models", "report"]
 SHARED = {
     "comparison",
     "differences",
     "errors",
     "files",
+    "ratio",
     "readings",
     "references",
     "result",
@@ -26,7 +27,7 @@ SHARED = {
     "skipping",
     "words",
 }
-ALLOWED = {"report": {"plots"}}
+ALLOWED = {"report": {"plots"}, "conditions": {"diagnosis"}}
 
 
 def imports_of(path):
@@ -70,6 +71,7 @@ def test_rooms_do_not_import_each_other(room):
     [
         ("plots", {"torch", "timm", "torchmetrics"}),
         ("report", {"torch", "timm", "torchmetrics"}),
+        ("conditions", {"torch", "timm", "torchmetrics", "matplotlib", "seaborn"}),
         ("metrics", {"timm", "PIL", "matplotlib", "seaborn"}),
         ("capture", {"timm", "PIL", "matplotlib"}),
     ],
@@ -92,6 +94,8 @@ def loaded_after(statement):
         "import collapse_probe.cli",
         "import collapse_probe.plots",
         "import collapse_probe.report",
+        "import collapse_probe.conditions",
+        "import collapse_probe.diagnosis",
         "from collapse_probe import Analysis, Finding",
     ],
 )
@@ -132,7 +136,9 @@ def test_public_names():
         collapse_probe.nonsense  # noqa: B018
 
 
-@pytest.mark.parametrize("module", ["capture", "metrics", "metrics.functional", "models", "loading", "plots", "report"])
+@pytest.mark.parametrize(
+    "module", ["capture", "metrics", "metrics.functional", "models", "loading", "plots", "report", "conditions"]
+)
 def test_every_exported_name_exists_and_is_documented(module):
     import importlib
 

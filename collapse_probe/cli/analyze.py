@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from collapse_probe.cli.arguments import keyword_arguments
+from collapse_probe.cli.conditions import Baseline, ConditionsJson, FailOn, Gate, JUnit, gate
 from collapse_probe.cli.outcome import with_exit_codes
 from collapse_probe.errors import DamagedFileError, UsageError
 from collapse_probe.shards import Shard
@@ -174,6 +175,10 @@ def analyze(
             "--out", "-o", help="Folder for analysis.json, tables, figures and report.html.", rich_help_panel=RESULT
         ),
     ] = None,
+    fail_on: FailOn = None,
+    baseline: Baseline = None,
+    conditions_json: ConditionsJson = None,
+    junit: JUnit = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.", rich_help_panel=RESULT)] = False,
 ) -> None:
     """Find out where attention collapses in a model.
@@ -181,7 +186,7 @@ def analyze(
     [bold]collapse-probe analyze model.pt --model vit_small_patch16_224 --images val/ --out run/[/bold]
     """
     from collapse_probe.cli.bundled import analyze_pair
-    from collapse_probe.cli.results import leads, one_voice, show, write
+    from collapse_probe.cli.results import conclude, leads, one_voice, write, written
     from collapse_probe.files import check_writable
     from collapse_probe.progress import ProgressBar
 
@@ -194,6 +199,7 @@ def analyze(
             source, arch, weights = _sources(model, architecture, checkpoint)
             part = _part(shard, out, force, team.size)
             _check_apart(images, out)
+            asked = _gate(gate(fail_on, baseline, conditions_json, junit), source, part, metrics)
             keeper = _keeper(
                 out, resume, command if team.size == 1 else f"torchrun with {team.size} processes: {command}"
             )
@@ -230,7 +236,7 @@ def analyze(
         if keeper is not None:
             keeper.discard()
     if part is None:
-        show(analysis, out)
+        conclude(analysis, written(out), asked)
 
 
 def _check_apart(images: str | None, out: str | None) -> None:
@@ -250,6 +256,21 @@ def _alone(part: Shard | None, processes: int, resume: bool) -> None:
             "Without a model, two are analysed side by side by one process, from the first image to the last. Name the "
             "one that is meant, for example: collapse-probe analyze digits_vit_24b"
         )
+
+
+def _gate(asked: Gate | None, source: str | None, part: Shard | None, metrics: str) -> Gate | None:
+    """The conditions, where they can be judged at the end of this run."""
+    if asked is None:
+        return None
+    if source is None:
+        raise UsageError(
+            "--fail-on is about one model, and without a name two are analysed side by side. Name it, for example: "
+            "collapse-probe analyze digits_vit_24b"
+        )
+    if part is not None:
+        raise UsageError("--fail-on is about all images, and --shard measures a part: give it to collapse-probe merge.")
+    asked.check_metrics(metrics)
+    return asked
 
 
 def _keeper(out: str | None, resume: bool, command: str) -> Keeper | None:

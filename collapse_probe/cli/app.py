@@ -14,6 +14,7 @@ from collapse_probe.cli.inspect import inspect
 from collapse_probe.cli.merge import merge
 from collapse_probe.cli.metrics import metrics
 from collapse_probe.cli.models import models
+from collapse_probe.cli.report import report
 
 app = typer.Typer(
     name="collapse-probe",
@@ -23,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Is attention in a vision transformer collapsing: where, how badly, and what can be done about it?",
     epilog="Exit codes: 0 done, 1 internal error, 2 usage, 3 model rejected, 4 images insufficient, 5 cannot write, "
-    "6 out of resources, 130 and 143 interrupted.",
+    "6 out of resources, 7 a --fail-on condition failed, 130 and 143 interrupted.",
 )
 app.command()(analyze)
 app.command()(compare)
@@ -31,6 +32,7 @@ app.command()(inspect)
 app.command()(merge)
 app.command()(metrics)
 app.command()(models)
+app.command()(report)
 
 
 def _version(wanted: bool) -> None:

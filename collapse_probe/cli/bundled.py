@@ -68,7 +68,7 @@ def analyze_pair(
     """
     from collapse_probe.analysis import analyze
     from collapse_probe.files import check_writable
-    from collapse_probe.metrics.functional.ratio import SIMILAR
+    from collapse_probe.ratio import SIMILAR
 
     _check_options(arguments)
     if out is not None:

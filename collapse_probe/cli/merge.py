@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from collapse_probe.cli.conditions import Baseline, ConditionsJson, FailOn, JUnit, gate
 from collapse_probe.cli.outcome import with_exit_codes
 
 
@@ -26,6 +27,10 @@ def merge(
             rich_help_panel="Images",
         ),
     ] = None,
+    fail_on: FailOn = None,
+    baseline: Baseline = None,
+    conditions_json: ConditionsJson = None,
+    junit: JUnit = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
     """Make one analysis of shards that were measured apart.
@@ -36,10 +41,11 @@ def merge(
 
     [bold]collapse-probe merge s_*/ --out run/[/bold]
     """
-    from collapse_probe.cli.results import show, write
+    from collapse_probe.cli.results import conclude, write, written
     from collapse_probe.files import check_writable
     from collapse_probe.progress import ProgressBar
 
+    asked = gate(fail_on, baseline, conditions_json, junit)
     if out is not None:
         check_writable(out)
     with ProgressBar(quiet=quiet) as progress:
@@ -49,4 +55,4 @@ def merge(
         analysis.provenance["command"] = shlex.join(["collapse-probe", *sys.argv[1:]])
         if out is not None:
             write(analysis, Path(out), progress)
-    show(analysis, out)
+    conclude(analysis, written(out), asked)

@@ -30,8 +30,9 @@ def with_exit_codes(command: Callable[P, None]) -> Callable[P, None]:
             print("Interrupted.", file=sys.stderr)
             raise typer.Exit(130) from None
         except BrokenPipeError:
-            # The reader of stdout went away; point it elsewhere so that the interpreter's last flush does not complain.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            from collapse_probe.cli.output import forget_reader
+
+            forget_reader()
             raise typer.Exit(0) from None
         except Exception as error:
             if is_out_of_memory(error):

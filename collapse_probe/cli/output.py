@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 
@@ -34,3 +35,17 @@ def printing() -> Iterator[None]:
     except OSError as error:
         sys.stdout = None  # what is left in its buffer cannot be written at exit either
         raise OutputError(f"Cannot write to standard output: {error.strerror or error}.") from error
+
+
+@contextlib.contextmanager
+def whether_or_not_read() -> Iterator[None]:
+    """What comes after the block happens also where nobody reads stdout any more."""
+    try:
+        yield
+    except BrokenPipeError:
+        forget_reader()
+
+
+def forget_reader() -> None:
+    """Point stdout elsewhere once its reader has left, so that the interpreter's last flush does not complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""What `analyze` and `merge` do with an analysis: files, and a summary on stdout."""
+"""What commands do with an analysis: files, a summary on stdout, and conditions that it is held against."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from collapse_probe.errors import CollapseProbeError
 from collapse_probe.words import neutral
 
 if TYPE_CHECKING:
+    from collapse_probe.cli.conditions import Gate
     from collapse_probe.progress import ProgressBar
     from collapse_probe.ranks import Team
     from collapse_probe.result import Analysis
@@ -67,13 +68,38 @@ def fill(analysis: Analysis, folder: Path) -> None:
     write_report(gallery, folder / "report.html")
 
 
-def show(analysis: Analysis, out: str | None) -> None:
+def conclude(analysis: Analysis, closing: str | None, gate: Gate | None) -> None:
+    """Show the analysis, then hold it against the conditions that were asked for.
+
+    Args:
+        analysis: what was found; its files are written.
+        closing: where they are.
+        gate: the conditions, if any.
+
+    Raises:
+        ConditionError, UsageError, OutputError: see :meth:`Gate.judge`.
+    """
+    from collapse_probe.cli.output import whether_or_not_read
+
+    if gate is None:
+        _show(analysis, closing)
+        return
+    with whether_or_not_read():
+        _show(analysis, closing)
+    gate.judge(analysis)
+
+
+def written(out: str | None) -> str | None:
+    """What :func:`write` left, in a line."""
+    if out is None:
+        return None
+    return f"Written to {out}: analysis.json, arrays.npz, layers.csv, similarity.csv, figures/, report.html"
+
+
+def _show(analysis: Analysis, closing: str | None) -> None:
     """The summary, and where the rest is."""
     from collapse_probe.cli.output import PipeConsole, printing
     from collapse_probe.report.terminal import print_summary
 
-    closing = []
-    if out is not None:
-        closing = [f"Written to {out}: analysis.json, arrays.npz, layers.csv, similarity.csv, figures/, report.html"]
     with printing():
-        print_summary(analysis, PipeConsole(), closing)
+        print_summary(analysis, PipeConsole(), [] if closing is None else [closing])

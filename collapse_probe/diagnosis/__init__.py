@@ -12,7 +12,7 @@ from dataclasses import replace
 from collapse_probe.diagnosis import across_layers, tokens, validity, within_layers
 from collapse_probe.diagnosis.case import Case, is_uniform
 from collapse_probe.diagnosis.thresholds import Threshold, Thresholds
-from collapse_probe.metrics.functional.ratio import SIMILAR
+from collapse_probe.ratio import SIMILAR
 from collapse_probe.result import Analysis, Finding
 
 __all__ = ["Threshold", "Thresholds", "diagnose", "is_uniform"]

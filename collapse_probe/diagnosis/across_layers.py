@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
+from collapse_probe.diagnosis import codes
 from collapse_probe.diagnosis.case import Case
 from collapse_probe.diagnosis.wording import blocks, finding_readings, group_in_words, span, with_error
-from collapse_probe.metrics.functional.ratio import onset
+from collapse_probe.ratio import onset
 from collapse_probe.result import Finding, Group
 
 _ADVICE = (
@@ -51,7 +52,7 @@ def repetition(case: Case) -> list[Finding]:
     share = len(case.repeats) / max(1, len(case.table))
     return [
         Finding(
-            code="attention-collapse",
+            code=codes.COLLAPSE,
             severity="problem" if share >= case.limits.concerned_share else "warning",
             title=f"Blocks repeat the attention of an earlier one: {blocks(pairs)}.",
             evidence=f"{len(pairs)} of {len(case.table)} layers; M "
@@ -86,7 +87,7 @@ def _in_group(case: Case, group: Group, severity: str) -> Finding:
         evidence += f"; {borderline} of them within two standard errors of the threshold"
     evidence += _interval(group)
     return Finding(
-        code="attention-collapse",
+        code=codes.COLLAPSE,
         severity=severity,
         title=f"One pair of blocks attends alike: {chosen[0]} and the block before."
         if severity == "note"
@@ -130,7 +131,7 @@ def flat(case: Case) -> list[Finding]:
     least = math.sqrt(1 - case.limits.flat)
     return [
         Finding(
-            code="flat-attention",
+            code=codes.FLAT,
             severity="warning",
             title=f"Queries attend nearly alike in {blocks(table.index)}: attention hardly depends on who asks.",
             evidence=f"{len(table)} of {len(case.table)} layers; relative variation r {with_error(r, errors)}, entropy "
@@ -162,7 +163,7 @@ def healthy(case: Case) -> list[Finding]:
     unseen = f"; {alone} of {len(case.table)} layers have no other to be compared with" if alone else ""
     return [
         Finding(
-            code="healthy",
+            code=codes.HEALTHY,
             severity="ok",
             title="No attention collapse across layers, but for one pair of blocks."
             if case.similar.any()
@@ -180,7 +181,7 @@ def not_comparable(case: Case) -> list[Finding]:
     measured = "similarity_to_previous" in case.analysis.layers
     return [
         Finding(
-            code="not-comparable",
+            code=codes.NOT_COMPARABLE,
             severity="note",
             title="No two of these layers attend over the same tokens, so nothing can be said of collapse."
             if measured

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
-from collapse_probe.metrics.functional.ratio import SIMILAR
+from collapse_probe.ratio import SIMILAR
 
 
 class Threshold(float):

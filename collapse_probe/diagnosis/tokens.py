@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collapse_probe.diagnosis import codes
 from collapse_probe.diagnosis.case import Case
 from collapse_probe.diagnosis.validity import untouched_norms
 from collapse_probe.diagnosis.wording import blocks, finding_readings, span, with_error
@@ -29,7 +30,7 @@ def collapsed(case: Case) -> list[Finding]:
         evidence += f"; attention is uniform in {uniform} layers as there is nothing to tell apart"
     return [
         Finding(
-            code="token-collapse",
+            code=codes.TOKENS,
             severity="problem" if last else "warning",
             title=f"Tokens have become one after {blocks(layers)}.",
             evidence=evidence,
@@ -53,7 +54,7 @@ def large_prefix(case: Case) -> list[Finding]:
     errors = case.reading("prefix_norm_ratio_se")[found]
     return [
         Finding(
-            code="large-prefix-tokens",
+            code=codes.LARGE_PREFIX,
             severity="note",
             title=f"A class token or register has a huge norm after {blocks(list(found.index[found]))}.",
             evidence=f"largest prefix token over the median patch {with_error(ratio[found], errors)}",
@@ -77,7 +78,7 @@ def idle_branches(case: Case) -> list[Finding]:
     errors = case.reading("attention_branch_share_se")[found]
     return [
         Finding(
-            code="idle-attention",
+            code=codes.IDLE,
             severity="problem" if found.mean() >= case.limits.concerned_share else "warning",
             title=f"Attention adds nothing to the stream in {blocks(list(found.index[found]))}.",
             evidence=f"{int(found.sum())} of {len(case.table)} layers; norm of what attention adds over that of the "
@@ -103,7 +104,7 @@ def outliers(case: Case) -> list[Finding]:
     residuals = [span(case.reading(f"rank_residual_frobenius{end}")[found]) for end in ("", "_typical")]
     return [
         Finding(
-            code="outlier-tokens",
+            code=codes.OUTLIERS,
             severity="warning",
             title=f"A few tokens have huge norms after {blocks(list(found.index[found]))}.",
             evidence=f"largest norm over the median {with_error(largest[found], errors)}; share of patches "

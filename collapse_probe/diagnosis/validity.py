@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collapse_probe.diagnosis import codes
 from collapse_probe.diagnosis.case import Case, layers_of
 from collapse_probe.diagnosis.wording import blocks, finding_readings, span
 from collapse_probe.result import Finding
@@ -23,7 +24,7 @@ def non_finite(case: Case) -> list[Finding]:
     where = "1 layer" if len(concerned) == 1 else f"{len(concerned)} layers"
     return [
         Finding(
-            code="non-finite",
+            code=codes.NON_FINITE,
             severity="problem",
             title=f"Attention or features hold NaN or infinite values, first in {concerned[0]}.",
             evidence=f"{' and '.join(found)} in {where} are not finite and were left out of every mean" + weights,
@@ -37,7 +38,7 @@ def non_finite(case: Case) -> list[Finding]:
 
 def _weights_not_finite(names: list[str]) -> Finding:
     return Finding(
-        code="non-finite",
+        code=codes.NON_FINITE,
         severity="problem",
         title=f"Weights hold NaN or infinite values: {blocks(names)}.",
         evidence="attention and features are finite: what is not comes after them, or is not used",
@@ -55,7 +56,7 @@ def constant_weights(case: Case) -> list[Finding]:
     count = "1 weight matrix is" if len(names) == 1 else f"{len(names)} weight matrices are"
     return [
         Finding(
-            code="constant-weights",
+            code=codes.CONSTANT_WEIGHTS,
             severity="warning",
             title=f"{count} zero or one number throughout: {blocks(names)}.",
             evidence="every token is mapped to a multiple of the same vector there",
@@ -104,7 +105,7 @@ def uniform(case: Case) -> list[Finding]:
     names = ("normalized_entropy", "relative_variation")
     return [
         Finding(
-            code="uniform-attention",
+            code=codes.UNIFORM,
             # A trained model may work with what is mixed from maps that hardly differ.
             severity="note" if not everywhere else "warning" if mixed and norms is False else "problem",
             title=title,
@@ -128,7 +129,7 @@ def untrained(case: Case) -> list[Finding]:
     total = case.analysis.provenance["normalisation"]["layers"]
     return [
         Finding(
-            code="untrained",
+            code=codes.UNTRAINED,
             severity="problem",
             title="This network has not been trained: the readings describe its initialisation.",
             evidence=f"all {total} normalisation layers have the scales and shifts that they were created with, and no "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collapse_probe.diagnosis import codes
 from collapse_probe.diagnosis.case import Case
 from collapse_probe.diagnosis.wording import blocks, counts, finding_readings, span, with_error
 from collapse_probe.result import Finding
@@ -20,7 +21,7 @@ def redundant_heads(case: Case) -> list[Finding]:
     effectively = f"effectively {span(effective)} " if effective.notna().any() else ""
     return [
         Finding(
-            code="head-redundancy",
+            code=codes.REDUNDANT_HEADS,
             severity="warning" if found.mean() >= case.limits.concerned_share else "note",
             title=f"Heads repeat each other in {blocks(table.index)}.",
             evidence=f"cross-head similarity {with_error(similarity[found], errors)}, centred {span(centred[found])}, "
@@ -62,7 +63,7 @@ def dead_heads(case: Case) -> list[Finding]:
     ]
     return [
         Finding(
-            code="dead-heads",
+            code=codes.DEAD_HEADS,
             severity="problem" if total / max(1, everything) >= case.limits.concerned_share else "warning",
             title=f"Some heads do nothing in {blocks(list(heads))}.",
             evidence=f"of {everything} heads {', '.join(counted)} ({listed}{more})",
@@ -92,7 +93,7 @@ def saturated(case: Case) -> list[Finding]:
     partly = f"; in {len(heads)} of them only some heads" if heads else ""
     return [
         Finding(
-            code="entropy-collapse",
+            code=codes.ENTROPY,
             severity="problem" if found.mean() >= case.limits.concerned_share else "warning",
             title=f"Entropy has collapsed: queries attend to single keys in {blocks(entropy.index)}.",
             evidence=f"{len(entropy)} of {len(case.table)} layers; entropy over log K {with_error(entropy, errors)}"
@@ -120,7 +121,7 @@ def sinks(case: Case) -> list[Finding]:
     where = f"; attention to prefix tokens {span(to_prefix)}" if to_prefix.notna().any() else ""
     return [
         Finding(
-            code="attention-sinks",
+            code=codes.SINKS,
             severity="note",
             title=f"Most heads have an attention sink in {blocks(list(share.index[found]))}.",
             evidence=f"share of heads with a sink {with_error(share[found], errors)}{where}",

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from collapse_probe.metrics.functional.columns import MIN_VARIATION
-from collapse_probe.metrics.functional.ratio import HISTOGRAM_BINS, SIMILAR, histogram_edge
 from collapse_probe.metrics.image_pairs import PairSums, block_sums, pair_sums
 from collapse_probe.metrics.layer_kernels import (
     LayerProducts,
@@ -28,6 +27,7 @@ from collapse_probe.metrics.moments import MOMENTS, interval, mean_and_error, mo
 from collapse_probe.metrics.replicates import REPLICATES, replicate_weights
 from collapse_probe.metrics.tile_metric import TileMetric
 from collapse_probe.metrics.tiles import BLOCK, GroupShape, KeyRange, MapLike, Tile, key_ranges, runs
+from collapse_probe.ratio import HISTOGRAM_BINS, SIMILAR, histogram_edge
 
 #: Largest state, in bytes, with which the image-independent part is summed exactly over all pairs of images.
 PAIR_BUDGET = 256 << 20

@@ -7,6 +7,7 @@ ends of names never reach the terminal. Consoles whose encoding is not UTF-8 rec
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -21,6 +22,9 @@ from collapse_probe.report.compared import numbers
 from collapse_probe.result import Analysis, Finding
 from collapse_probe.words import REPLACEMENT, neutral
 
+if TYPE_CHECKING:
+    from collapse_probe.conditions import Outcome
+
 _STYLES = {"problem": "bold red", "warning": "bold yellow", "note": "bold blue", "ok": "bold green"}
 _HEADINGS = {
     "similarity_to_previous": "M to\nprevious",
@@ -30,6 +34,13 @@ _HEADINGS = {
     "token_similarity": "token\nsimil.",
 }
 _FOOTNOTE = "± standard error over images  * similar to the previous block  – not defined"
+#: What became of a condition -> symbol, word and style.
+_OUTCOMES = {
+    "failed": ("✗", "FAILED", _STYLES["problem"]),
+    "unclear": ("?", "UNCLEAR", _STYLES["warning"]),
+    "passed": ("✓", "PASSED", _STYLES["ok"]),
+    "not-measured": ("!", "NOT MEASURED", _STYLES["problem"]),
+}
 #: Consoles in which the table would be wider have standard errors of M only.
 _TABLE_WIDTH, _UNBOUNDED = 80, 1000
 _ASCII = str.maketrans({"✗": "x", "✓": "+", "±": "+/-", "·": "|", "–": "-", "—": "-", "−": "-", "…": "...", "≥": ">=",
@@ -112,6 +123,26 @@ def print_differences(comparison: Comparison, console: Console, closing: Sequenc
     for note in comparison.notes[0 if comparison.paired else 1 :]:
         writer.line(note)
     writer.closing(closing)
+
+
+def print_conditions(outcomes: Sequence[Outcome], console: Console) -> None:
+    """Print what became of conditions, each with its reason.
+
+    Args:
+        outcomes: of :func:`collapse_probe.conditions.check`.
+        console: where.
+    """
+    writer = _Writer(console)
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(overflow="fold")
+    grid.add_column(overflow="fold")
+    for outcome in outcomes:
+        symbol, word, style = _OUTCOMES[outcome.status]
+        grid.add_row(writer.text(f"{symbol} {word}", style), writer.text(outcome.condition, "bold"))
+        grid.add_row("", writer.text(outcome.message))
+    writer.line("")
+    writer.line("Conditions that must not be", "bold")
+    writer.show(grid)
 
 
 class _Writer:

@@ -24,10 +24,10 @@ from collapse_probe.metrics.functional.norms import (
     token_norms,
 )
 from collapse_probe.metrics.functional.oversmoothing import token_similarity
-from collapse_probe.metrics.functional.ratio import block_similarity_ratio, onset, similar_blocks, similarity_ratio
 from collapse_probe.metrics.functional.residual import rank_residual, rank_residual_frobenius
 from collapse_probe.metrics.functional.sinks import attention_received, constant_rows, sink_share
 from collapse_probe.metrics.functional.total_variation import total_variation_similarity
+from collapse_probe.ratio import block_similarity_ratio, onset, similar_blocks, similarity_ratio
 
 __all__ = [
     "HIGH_NORM_RATIO",

@@ -13,8 +13,8 @@ import collapse_probe
 
 PACKAGE = Path(collapse_probe.__file__).parent
 ROOMS = {"capture", "metrics", "models", "loading", "plots", "report"}
-COMMANDS = ["analyze", "inspect", "merge", "metrics", "models"]
-SHARED = {"errors", "files", "readings", "result", "shards", "skipping", "words"}
+COMMANDS = ["analyze", "inspect", "merge", "metrics", "models", "track"]
+SHARED = {"errors", "files", "readings", "result", "series", "shards", "skipping", "words"}
 ALLOWED = {"report": {"plots"}}
 
 
@@ -105,11 +105,13 @@ def test_public_names():
             "AttentionMap",
             "CollapseProbeError",
             "Finding",
+            "Series",
             "analyze",
             "capture",
             "load_model",
             "measure",
             "merge",
+            "track",
         ]
     )
     for name in collapse_probe.__all__:

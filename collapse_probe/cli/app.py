@@ -13,6 +13,7 @@ from collapse_probe.cli.inspect import inspect
 from collapse_probe.cli.merge import merge
 from collapse_probe.cli.metrics import metrics
 from collapse_probe.cli.models import models
+from collapse_probe.cli.track import track
 
 app = typer.Typer(
     name="collapse-probe",
@@ -29,6 +30,7 @@ app.command()(inspect)
 app.command()(merge)
 app.command()(metrics)
 app.command()(models)
+app.command()(track)
 
 
 def _version(wanted: bool) -> None:

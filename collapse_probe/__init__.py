@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from collapse_probe.merging import merge as merge
     from collapse_probe.result import Analysis as Analysis
     from collapse_probe.result import Finding as Finding
+    from collapse_probe.series import Series as Series
+    from collapse_probe.tracking import track as track
 
 _HOMES = {
     "Analysis": "collapse_probe.result",
@@ -32,12 +34,14 @@ _HOMES = {
     "CollapseProbeError": "collapse_probe.errors",
     "Comparison": "collapse_probe.comparison",
     "Finding": "collapse_probe.result",
+    "Series": "collapse_probe.series",
     "analyze": "collapse_probe.analysis",
     "capture": "collapse_probe.capture",
     "compare": "collapse_probe.comparing",
     "load_model": "collapse_probe.loading",
     "measure": "collapse_probe.analysis",
     "merge": "collapse_probe.merging",
+    "track": "collapse_probe.tracking",
 }
 
 __all__ = list(_HOMES)

@@ -36,6 +36,7 @@ from collapse_probe.loading import (
 )
 from collapse_probe.loading.soundness import constant_matrices, non_finite
 from collapse_probe.merging import merge, merge_one_by_one
+from collapse_probe.metrics.suite import choose
 from collapse_probe.options import Options, check_preprocessing
 from collapse_probe.partial import Partial, check_shards, is_same_shard
 from collapse_probe.processors import automatic_workers
@@ -44,7 +45,7 @@ from collapse_probe.ranks import ranks
 from collapse_probe.ratio import SIMILAR
 from collapse_probe.result import Analysis
 from collapse_probe.resuming import Keeper
-from collapse_probe.shards import Shard
+from collapse_probe.shards import WHOLE, Shard
 from collapse_probe.shortage import lost_worker, out_of_memory
 from collapse_probe.skipping import SKIPPED_ALLOWED
 from collapse_probe.streaming import Progress, Run, StartOver, Watch
@@ -209,15 +210,7 @@ img_size, mean, std, crop_pct, interpolation, partial, resume, progress, setting
     Raises:
         CollapseProbeError: as :func:`analyze`.
     """
-    layers = settings.pop("layers", ())
-    if not isinstance(layers, Iterable):
-        raise UsageError(f"layers must be patterns of names; got {layers!r}.")
-    options = Options(
-        **settings,
-        layers=(layers,) if isinstance(layers, str) else tuple(layers),
-        shard=shard if isinstance(shard, Shard) else Shard.parse(shard),
-    )
-    options.check()
+    options = _options(shard if isinstance(shard, Shard) else Shard.parse(shard), **settings)
     check_preprocessing(img_size, mean, std, crop_pct, interpolation)
     started = time.perf_counter()
     bundled = images is None
@@ -252,7 +245,7 @@ img_size, mean, std, crop_pct, interpolation, partial, resume, progress, setting
         )
     source = open_images(
         images, config=config, batch_size=options.batch_size, workers=_workers(options, target, config),
-        num_samples=_samples(images, options.num_samples), seed=options.seed, shard=options.shard,
+        num_samples=samples_of(images, options.num_samples), seed=options.seed, shard=options.shard,
         pin_memory=target.type == "cuda",
     )  # fmt: skip
     fits = matches_model(network, config, img_size) if source.kind == "folder" else "done by the caller"
@@ -278,6 +271,25 @@ img_size, mean, std, crop_pct, interpolation, partial, resume, progress, setting
     if keeper is not None and keeper is not partial:
         keeper.discard()
     return measured
+
+
+def check_options(**given: Any) -> None:
+    """Raises UsageError for options of :func:`analyze` that no model could be analysed with."""
+    settings = {name: given[name] for name in given if name in Options.__dataclass_fields__}
+    options = _options(WHOLE, **settings)
+    preprocessing = ("img_size", "mean", "std", "crop_pct", "interpolation")
+    check_preprocessing(**{name: given[name] for name in preprocessing if name in given})
+    choose(options.metrics)
+    device_of(options.device, None)
+
+
+def _options(shard: Shard, **settings: Any) -> Options:
+    layers = settings.pop("layers", ())
+    if not isinstance(layers, Iterable):
+        raise UsageError(f"layers must be patterns of names; got {layers!r}.")
+    options = Options(**settings, layers=(layers,) if isinstance(layers, str) else tuple(layers), shard=shard)
+    options.check()
+    return options
 
 
 def _keeper(partial: str | Path | Keeper | None, resume: bool) -> Keeper | None:
@@ -492,7 +504,8 @@ def _workers(options: Options, device: torch.device, config: Mapping[str, Any]) 
     return automatic_workers(device, 4 * options.batch_size * math.prod(size))
 
 
-def _samples(images: Any, num_samples: int | None) -> int | None:
+def samples_of(images: Any, num_samples: int | None) -> int | None:
+    """How many images of a source are looked at, where the caller names a number or none."""
     if num_samples is None and isinstance(images, (str, Path)):
         return DEFAULT_SAMPLES
     return num_samples

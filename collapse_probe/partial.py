@@ -35,7 +35,7 @@ _SHARED = {
 }
 
 #: Options that say how the work is done and leave readings as they are: shards may differ in them.
-_FREE = {"batch_size", "workers", "device", "max_skipped"}
+FREE = {"batch_size", "workers", "device", "max_skipped"}
 
 #: Types of what `shard.json` holds beside the schema's version and the digest.
 _TYPES = {
@@ -319,7 +319,7 @@ def _run(partial: Partial) -> dict[str, Any]:
     images = provenance.get("images", {})
     return {
         "versions of collapse_probe": provenance.get("versions", {}).get("collapse-probe"),
-        "options": {name: value for name, value in plain(partial.options).items() if name not in _FREE},
+        "options": {name: value for name, value in plain(partial.options).items() if name not in FREE},
         "models": provenance.get("model", {}).get("architecture"),
         "weights": _fingerprint(partial).get("weights"),
         "preprocessing": images.get("preprocessing"),

@@ -13,7 +13,7 @@ import collapse_probe
 
 PACKAGE = Path(collapse_probe.__file__).parent
 ROOMS = {"capture", "metrics", "models", "loading", "plots", "report", "conditions"}
-COMMANDS = ["analyze", "compare", "inspect", "merge", "metrics", "models", "report"]
+COMMANDS = ["analyze", "compare", "inspect", "merge", "metrics", "models", "report", "track"]
 SHARED = {
     "comparison",
     "differences",
@@ -23,6 +23,7 @@ SHARED = {
     "readings",
     "references",
     "result",
+    "series",
     "shards",
     "skipping",
     "words",
@@ -121,12 +122,14 @@ def test_public_names():
             "CollapseProbeError",
             "Comparison",
             "Finding",
+            "Series",
             "analyze",
             "capture",
             "compare",
             "load_model",
             "measure",
             "merge",
+            "track",
         ]
     )
     for name in collapse_probe.__all__:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from collapse_probe.cli import options
 from collapse_probe.cli.arguments import keyword_arguments
 from collapse_probe.cli.conditions import Baseline, ConditionsJson, FailOn, Gate, JUnit, gate
 from collapse_probe.cli.outcome import with_exit_codes
@@ -20,8 +21,6 @@ from collapse_probe.skipping import SKIPPED_ALLOWED
 
 if TYPE_CHECKING:
     from collapse_probe.resuming import Keeper
-
-MODEL, IMAGES, RUN, RESULT = "Model", "Images", "Running", "Result"
 
 
 @with_exit_codes
@@ -34,152 +33,78 @@ def analyze(
             show_default=False,
         ),
     ] = None,
-    architecture: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="timm's name of the architecture of the weights.", rich_help_panel=MODEL),
-    ] = None,
+    architecture: options.Architecture = None,
     checkpoint: Annotated[
-        str | None, typer.Option(help="Weights for the architecture given by --model.", rich_help_panel=MODEL)
+        str | None,
+        typer.Option(help="Weights for the architecture given by --model.", rich_help_panel=options.MODEL),
     ] = None,
     pretrained: Annotated[
         bool,
         typer.Option(
-            help="Whether a bare name means its pretrained weights, or a random network.", rich_help_panel=MODEL
+            help="Whether a bare name means its pretrained weights, or a random network.",
+            rich_help_panel=options.MODEL,
         ),
     ] = True,
-    use_ema: Annotated[
-        bool, typer.Option("--use-ema", help="Take the averaged weights of a checkpoint.", rich_help_panel=MODEL)
-    ] = False,
-    key: Annotated[
-        str | None,
-        typer.Option(
-            help="Take the weights under this key of a checkpoint, for example student.", rich_help_panel=MODEL
-        ),
-    ] = None,
-    num_heads: Annotated[
-        int | None,
-        typer.Option(help="Heads of each block: weights rarely show their number.", rich_help_panel=MODEL),
-    ] = None,
-    allow_bad_weights: Annotated[
-        bool,
-        typer.Option(
-            "--allow-bad-weights",
-            help="Analyse weights that hold NaN, infinities, or matrices of one number.",
-            rich_help_panel=MODEL,
-        ),
-    ] = False,
-    model_kwargs: Annotated[
-        list[str] | None,
-        typer.Option(help="Arguments of the architecture, as name=value; may be repeated.", rich_help_panel=MODEL),
-    ] = None,
-    images: Annotated[
-        str | None,
-        typer.Option("--images", "--data-dir", help="Folder of images, flat or nested.", rich_help_panel=IMAGES),
-    ] = None,
-    num_samples: Annotated[
-        int | None,
-        typer.Option(help="How many images to look at; at most 1000 of a folder by default.", rich_help_panel=IMAGES),
-    ] = None,
-    max_skipped: Annotated[
-        float, typer.Option(help="Share of the images that may be unreadable.", rich_help_panel=IMAGES)
-    ] = SKIPPED_ALLOWED,
-    seed: Annotated[int, typer.Option(help="Chooses images and their order.", rich_help_panel=IMAGES)] = 0,
-    img_size: Annotated[int | None, typer.Option(help="Side of the input in pixels.", rich_help_panel=IMAGES)] = None,
-    mean: Annotated[
-        str | None, typer.Option(help="Override the mean, for example .5,.5,.5.", rich_help_panel=IMAGES)
-    ] = None,
-    std: Annotated[str | None, typer.Option(help="Override the standard deviation.", rich_help_panel=IMAGES)] = None,
-    crop_pct: Annotated[
-        float | None, typer.Option(help="Override the share kept by the crop.", rich_help_panel=IMAGES)
-    ] = None,
-    interpolation: Annotated[
-        str | None, typer.Option(help="Override the interpolation, for example bicubic.", rich_help_panel=IMAGES)
-    ] = None,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", "-b", help="Images per forward pass.", rich_help_panel=RUN)
-    ] = 32,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            "--workers",
-            "-j",
-            help="Processes that decode images; 0 decodes between batches. By default up to 8: with a GPU one for each "
-            "core but one, on a CPU one for every four cores; fewer where shared memory is short.",
-            show_default=False,
-            rich_help_panel=RUN,
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=RUN)] = "auto",
-    amp: Annotated[bool, typer.Option("--amp", help="Run the model in mixed precision.", rich_help_panel=RUN)] = False,
-    amp_dtype: Annotated[str, typer.Option(help="bfloat16 or float16.", rich_help_panel=RUN)] = "bfloat16",
-    layers: Annotated[
-        list[str] | None,
-        typer.Option(help="Only layers whose name matches this pattern; may be repeated.", rich_help_panel=RUN),
-    ] = None,
-    attention: Annotated[
-        str,
-        typer.Option(
-            help="applied (what multiplied the values) or softmax (underneath re-attention).", rich_help_panel=RUN
-        ),
-    ] = "applied",
-    until_se: Annotated[
-        float | None,
-        typer.Option(
-            help="Stop once the standard error of every neighbouring similarity is this small.", rich_help_panel=RUN
-        ),
-    ] = None,
-    verify: Annotated[
-        bool,
-        typer.Option(
-            "--verify", help="Check the first batch: maps times values against the model's own.", rich_help_panel=RUN
-        ),
-    ] = False,
-    metrics: Annotated[
-        str,
-        typer.Option(
-            help="fast (what every analysis can afford), all, or names separated by commas, such as fast,cka,map_rank.",
-            rich_help_panel=RUN,
-        ),
-    ] = "fast",
+    use_ema: options.UseEma = False,
+    key: options.Key = None,
+    num_heads: options.NumHeads = None,
+    allow_bad_weights: options.AllowBadWeights = False,
+    model_kwargs: options.ModelKwargs = None,
+    images: options.Images = None,
+    num_samples: options.NumSamples = None,
+    max_skipped: options.MaxSkipped = SKIPPED_ALLOWED,
+    seed: options.Seed = 0,
+    img_size: options.ImgSize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    crop_pct: options.CropPct = None,
+    interpolation: options.Interpolation = None,
+    batch_size: options.BatchSize = 32,
+    workers: options.Workers = None,
+    device: options.Device = "auto",
+    amp: options.Amp = False,
+    amp_dtype: options.AmpDtype = "bfloat16",
+    layers: options.Layers = None,
+    attention: options.Attention = "applied",
+    until_se: options.UntilSe = None,
+    verify: options.Verify = False,
+    metrics: options.Metrics = "fast",
     shard: Annotated[
         str | None,
         typer.Option(
             help="Measure one part of the images only, for example 2/4 for the second of four, and leave its sums in "
             "--out for collapse-probe merge.",
-            rich_help_panel=RUN,
+            rich_help_panel=options.RUN,
         ),
     ] = None,
     force: Annotated[
         bool,
-        typer.Option("--force", help="Measure a shard again that --out holds already.", rich_help_panel=RUN),
+        typer.Option("--force", help="Measure a shard again that --out holds already.", rich_help_panel=options.RUN),
     ] = False,
     resume: Annotated[
         bool,
         typer.Option(
             "--resume",
             help="Go on with the same run where it was interrupted, from what it left in partial/ in --out.",
-            rich_help_panel=RUN,
+            rich_help_panel=options.RUN,
         ),
     ] = False,
-    threshold: Annotated[
-        float,
-        typer.Option(help="Similarity above which neighbouring blocks are called similar.", rich_help_panel=RESULT),
-    ] = 0.9,
-    nearest: Annotated[
-        int,
-        typer.Option(help="Neighbours on either side that the similarity ratio compares with.", rich_help_panel=RESULT),
-    ] = 1,
+    threshold: options.Threshold = 0.9,
+    nearest: options.Nearest = 1,
     out: Annotated[
         str | None,
         typer.Option(
-            "--out", "-o", help="Folder for analysis.json, tables, figures and report.html.", rich_help_panel=RESULT
+            "--out",
+            "-o",
+            help="Folder for analysis.json, tables, figures and report.html.",
+            rich_help_panel=options.RESULT,
         ),
     ] = None,
     fail_on: FailOn = None,
     baseline: Baseline = None,
     conditions_json: ConditionsJson = None,
     junit: JUnit = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.", rich_help_panel=RESULT)] = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Find out where attention collapses in a model.
 
@@ -198,7 +123,7 @@ def analyze(
         with ranks() as team, one_voice(team):
             source, arch, weights = _sources(model, architecture, checkpoint)
             part = _part(shard, out, force, team.size)
-            _check_apart(images, out)
+            options.check_apart(images, out)
             asked = _gate(gate(fail_on, baseline, conditions_json, junit), source, part, metrics)
             keeper = _keeper(
                 out, resume, command if team.size == 1 else f"torchrun with {team.size} processes: {command}"
@@ -207,7 +132,7 @@ def analyze(
                 "arch": arch, "checkpoint": weights, "pretrained": pretrained, "use_ema": use_ema,
                 "key": key, "num_heads": num_heads, "allow_bad_weights": allow_bad_weights,
                 "model_kwargs": keyword_arguments(model_kwargs or []), "img_size": img_size,
-                "mean": _numbers("--mean", mean), "std": _numbers("--std", std), "crop_pct": crop_pct,
+                "mean": options.numbers("--mean", mean), "std": options.numbers("--std", std), "crop_pct": crop_pct,
                 "interpolation": interpolation, "batch_size": batch_size, "workers": workers,
                 "num_samples": num_samples, "max_skipped": max_skipped, "seed": seed,
                 "device": device, "amp": amp, "amp_dtype": amp_dtype,
@@ -237,16 +162,6 @@ def analyze(
             keeper.discard()
     if part is None:
         conclude(analysis, written(out), asked)
-
-
-def _check_apart(images: str | None, out: str | None) -> None:
-    """Figures written among the images would be analysed the next time."""
-    if images is None or out is None:
-        return
-    with contextlib.suppress(OSError):
-        root, target = Path(images).resolve(), Path(out).resolve()
-        if target == root or root in target.parents:
-            raise UsageError(f"--out {out} lies in the folder of images, whose pictures it would join. Choose another.")
 
 
 def _alone(part: Shard | None, processes: int, resume: bool) -> None:
@@ -342,12 +257,3 @@ def _sources(model: str | None, arch: str | None, checkpoint: str | None) -> tup
             return checkpoint, None, None
         return (checkpoint, arch, None) if checkpoint is not None else (arch, None, None)
     return model, arch, None
-
-
-def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.replace(",", " ").split())
-    except ValueError:
-        raise UsageError(f"{option} {text!r} is not a list of numbers such as .5,.5,.5.") from None

@@ -15,6 +15,7 @@ from collapse_probe.cli.merge import merge
 from collapse_probe.cli.metrics import metrics
 from collapse_probe.cli.models import models
 from collapse_probe.cli.report import report
+from collapse_probe.cli.track import track
 
 app = typer.Typer(
     name="collapse-probe",
@@ -33,6 +34,7 @@ app.command()(merge)
 app.command()(metrics)
 app.command()(models)
 app.command()(report)
+app.command()(track)
 
 
 def _version(wanted: bool) -> None:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from collapse_probe.cli import options
+from collapse_probe.cli.arguments import keyword_arguments
 from collapse_probe.cli.outcome import with_exit_codes
+from collapse_probe.skipping import SKIPPED_ALLOWED
 
 if TYPE_CHECKING:
     from collapse_probe.comparison import Comparison
     from collapse_probe.result import Analysis
-
-MODELS, IMAGES, RUN, RESULT = "Models", "Images", "Running", "Result"
 
 
 @with_exit_codes
@@ -27,71 +28,46 @@ def compare(
             help="Two to four models (weights or timm names), or folders of saved analyses.", metavar="A B …"
         ),
     ],
-    architecture: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="timm's name of the architecture of weights.", rich_help_panel=MODELS),
-    ] = None,
+    architecture: options.Architecture = None,
     pretrained: Annotated[
         bool,
         typer.Option(
-            help="Whether a bare name means its pretrained weights, or a random network.", rich_help_panel=MODELS
+            help="Whether a bare name means its pretrained weights, or a random network.", rich_help_panel=options.MODEL
         ),
     ] = True,
-    use_ema: Annotated[
-        bool, typer.Option("--use-ema", help="Take the averaged weights of checkpoints.", rich_help_panel=MODELS)
-    ] = False,
-    key: Annotated[
-        str | None, typer.Option(help="Take the weights under this key of checkpoints.", rich_help_panel=MODELS)
-    ] = None,
-    num_heads: Annotated[int | None, typer.Option(help="Heads of each block.", rich_help_panel=MODELS)] = None,
-    images: Annotated[
-        str | None,
-        typer.Option("--images", "--data-dir", help="Folder of images, flat or nested.", rich_help_panel=IMAGES),
-    ] = None,
-    num_samples: Annotated[
-        int | None,
-        typer.Option(help="How many images to look at; at most 1000 of a folder by default.", rich_help_panel=IMAGES),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Chooses images and their order.", rich_help_panel=IMAGES)] = 0,
-    img_size: Annotated[int | None, typer.Option(help="Side of the input in pixels.", rich_help_panel=IMAGES)] = None,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", "-b", help="Images per forward pass.", rich_help_panel=RUN)
-    ] = 32,
-    workers: Annotated[
-        int | None, typer.Option("--workers", "-j", help="Processes that decode images.", rich_help_panel=RUN)
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=RUN)] = "auto",
-    amp: Annotated[bool, typer.Option("--amp", help="Run the models in mixed precision.", rich_help_panel=RUN)] = False,
-    amp_dtype: Annotated[str, typer.Option(help="bfloat16 or float16.", rich_help_panel=RUN)] = "bfloat16",
-    layers: Annotated[
-        list[str] | None,
-        typer.Option(help="Only layers whose name matches this pattern; may be repeated.", rich_help_panel=RUN),
-    ] = None,
-    attention: Annotated[
-        str,
-        typer.Option(
-            help="applied (what multiplied the values) or softmax (underneath re-attention).", rich_help_panel=RUN
-        ),
-    ] = "applied",
-    metrics: Annotated[
-        str, typer.Option(help="fast, all, or names separated by commas.", rich_help_panel=RUN)
-    ] = "fast",
+    use_ema: options.UseEma = False,
+    key: options.Key = None,
+    num_heads: options.NumHeads = None,
+    allow_bad_weights: options.AllowBadWeights = False,
+    model_kwargs: options.ModelKwargs = None,
+    images: options.Images = None,
+    num_samples: options.NumSamples = None,
+    max_skipped: options.MaxSkipped = SKIPPED_ALLOWED,
+    seed: options.Seed = 0,
+    img_size: options.ImgSize = None,
+    batch_size: options.BatchSize = 32,
+    workers: options.Workers = None,
+    device: options.Device = "auto",
+    amp: options.Amp = False,
+    amp_dtype: options.AmpDtype = "bfloat16",
+    layers: options.Layers = None,
+    attention: options.Attention = "applied",
+    metrics: options.Metrics = "fast",
     groups: Annotated[
         int,
         typer.Option(
             help="Groups of 8 images or more that errors of differences come from; fewer where images are few.",
-            rich_help_panel=RESULT,
+            rich_help_panel=options.RESULT,
         ),
     ] = 16,
-    threshold: Annotated[
-        float,
-        typer.Option(help="Similarity above which neighbouring blocks are called similar.", rich_help_panel=RESULT),
-    ] = 0.9,
+    threshold: options.Threshold = 0.9,
     out: Annotated[
         str | None,
-        typer.Option("--out", "-o", help="Folder for tables, report.html and each analysis.", rich_help_panel=RESULT),
+        typer.Option(
+            "--out", "-o", help="Folder for tables, report.html and each analysis.", rich_help_panel=options.RESULT
+        ),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.", rich_help_panel=RESULT)] = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Find out what sets models apart, on the same images.
 
@@ -103,6 +79,7 @@ def compare(
     from collapse_probe.files import check_writable
     from collapse_probe.progress import ProgressBar
 
+    options.check_apart(images, out)
     if out is not None:
         check_writable(out)
     with ProgressBar(quiet=quiet) as progress, warnings.catch_warnings():
@@ -117,9 +94,11 @@ def compare(
 
             found = run(
                 models, images, arch=architecture, pretrained=pretrained, use_ema=use_ema, key=key,
-                num_heads=num_heads, img_size=img_size, num_samples=num_samples, seed=seed, batch_size=batch_size,
-                workers=workers, device=device, amp=amp, amp_dtype=amp_dtype, layers=layers or [],
-                attention=attention, metrics=metrics, groups=groups, threshold=threshold, progress=progress,
+                num_heads=num_heads, allow_bad_weights=allow_bad_weights,
+                model_kwargs=keyword_arguments(model_kwargs or []), img_size=img_size, num_samples=num_samples,
+                max_skipped=max_skipped, seed=seed, batch_size=batch_size, workers=workers, device=device, amp=amp,
+                amp_dtype=amp_dtype, layers=layers or [], attention=attention, metrics=metrics, groups=groups,
+                threshold=threshold, progress=progress,
             )  # fmt: skip
             command = shlex.join(["collapse-probe", *sys.argv[1:]])
             for analysis in found.analyses.values():

@@ -11,6 +11,7 @@ from collapse_probe.loading.image_source import Batch, ImageSource, check_skippe
 from collapse_probe.loading.images import open_images
 from collapse_probe.loading.inspection import inspect_weights
 from collapse_probe.loading.labels import Labels, labels_of
+from collapse_probe.loading.listing import checkpoint_digest, list_checkpoints
 from collapse_probe.loading.model_source import load_model
 
 __all__ = [
@@ -18,9 +19,11 @@ __all__ = [
     "ImageSource",
     "Labels",
     "check_skipped",
+    "checkpoint_digest",
     "data_config",
     "inspect_weights",
     "labels_of",
+    "list_checkpoints",
     "load_model",
     "matches_model",
     "open_images",

@@ -22,6 +22,7 @@ from collapse_probe.errors import DamagedFileError, UsageError
 from collapse_probe.loading.content import NPZ, SAFETENSORS_INDEX, SUFFIXES
 from collapse_probe.loading.prefixes import cut_prefixes
 from collapse_probe.loading.readers import read, shards
+from collapse_probe.loading.training_state import training_state
 
 #: Where weights lie in a checkpoint, in the order of preference; of a self-distilled pair the teacher is evaluated.
 WRAPPERS = (
@@ -45,7 +46,8 @@ class Checkpoint:
         architecture: the name stored in the file, or None.
         model_kwargs: constructor arguments stored in the file.
         facts: plain data for the provenance: path, sha256, size_bytes, format, note (where the name misleads), key,
-            prefix_cut, left_out (keys beside the model), dtype, tensors.
+            prefix_cut, left_out (keys beside the model), dtype, tensors, training
+            (see :mod:`~collapse_probe.loading.training_state`).
     """
 
     state: dict[str, Tensor]
@@ -87,6 +89,7 @@ def read_checkpoint(path: Path, use_ema: bool = False, key: str | None = None) -
         "left_out": left_out,
         "dtype": ", ".join(sorted(dtypes)),
         "tensors": len(state),
+        "training": training_state(path, content, metadata),
     }
     return Checkpoint(state, stored["architecture"], stored["model_kwargs"], facts)
 

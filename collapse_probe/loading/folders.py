@@ -13,12 +13,12 @@ from collapse_probe.errors import DamagedFileError, ModelError, UsageError
 from collapse_probe.loading.content import SUFFIXES
 
 #: What exports call their weights, the safer format first.
-_KNOWN = (
+KNOWN = (
     "model.safetensors", "model.safetensors.index.json", "open_clip_model.safetensors", "pytorch_model.bin",
     "pytorch_model.bin.index.json", "open_clip_pytorch_model.bin", "last.ckpt",
 )  # fmt: skip
-# What trainers leave beside the weights.
-_OTHERS = re.compile(r"optimizer|scheduler|rng_state|training_args|scaler|random_states|trainer_state")
+#: What trainers leave beside the weights.
+OTHERS = re.compile(r"optimizer|scheduler|rng_state|training_args|scaler|random_states|trainer_state")
 # Hugging Face's names of activations -> timm's.
 _ACTIVATIONS = {
     "gelu": "gelu", "gelu_python": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh",
@@ -134,9 +134,9 @@ def _weights_in(folder: Path) -> Path:
         inner = sorted(path for path in folder.iterdir() if path.is_dir())
     except OSError as error:
         raise ModelError(f"Cannot read {folder}: {error.strerror or error}.") from None
-    if known := next((name for name in _KNOWN if name in names), None):
+    if known := next((name for name in KNOWN if name in names), None):
         return folder / known
-    files = [name for name in names if Path(name).suffix in SUFFIXES and not _OTHERS.search(name)]
+    files = [name for name in names if Path(name).suffix in SUFFIXES and not OTHERS.search(name)]
     files = [name for name in files if not name.endswith(".json")]
     # Of both formats side by side, the one that needs no unpickling.
     files = [name for name in files if name.endswith(".safetensors")] or files

@@ -1,7 +1,7 @@
 """Pictures of an :class:`~collapse_probe.result.Analysis`: matplotlib and seaborn, for papers and for the report.
 
-Every function takes an analysis and returns ``(figure, axes)``. Nothing is shown, nothing is registered with pyplot,
-and the caller's matplotlib settings stay as they were.
+Every function takes an analysis (some take several, or a series of them) and returns ``(figure, axes)``. Nothing is
+shown, nothing is registered with pyplot, and the caller's matplotlib settings stay as they were.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collapse_probe.plots.families import (
 )
 from collapse_probe.plots.gallery import Gallery
 from collapse_probe.plots.matrices import layer_similarity, similarity_beside, similarity_parts
+from collapse_probe.plots.over_steps import heatmap_at, heatmaps_over_steps, over_steps
 from collapse_probe.plots.overview import overview
 from collapse_probe.plots.save import save_figures
 from collapse_probe.plots.style import render
@@ -35,9 +36,12 @@ __all__ = [
     "entropy_and_rank",
     "head_diversity",
     "heads",
+    "heatmap_at",
     "heatmaps_compared",
+    "heatmaps_over_steps",
     "layer_similarity",
     "norms_and_branches",
+    "over_steps",
     "overview",
     "render",
     "save_figures",

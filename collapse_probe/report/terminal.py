@@ -19,7 +19,9 @@ from rich.text import Text
 from collapse_probe.comparison import Comparison
 from collapse_probe.report import content, differences
 from collapse_probe.report.compared import numbers
+from collapse_probe.report.tracking import columns, extent, origins, rows, verdict_in_short
 from collapse_probe.result import Analysis, Finding
+from collapse_probe.series import Series
 from collapse_probe.words import REPLACEMENT, neutral
 
 if TYPE_CHECKING:
@@ -32,6 +34,14 @@ _HEADINGS = {
     "head_diversity": "head\ndivers.",
     "normalized_entropy": "entropy\n/ log K",
     "token_similarity": "token\nsimil.",
+}
+_SERIES_HEADINGS = {
+    "similarity_to_previous": "M to\nprev.",
+    "centred_to_previous": "cen-\ntred",
+    "image_independent_to_previous": "image-\nindep.",
+    "normalized_entropy": "entr./\nlog K",
+    "cross_head_similarity": "head\nsim.",
+    "token_similarity": "token\nsim.",
 }
 _FOOTNOTE = "± standard error over images  * similar to the previous block  – not defined"
 #: What became of a condition -> symbol, word and style.
@@ -145,6 +155,37 @@ def print_conditions(outcomes: Sequence[Outcome], console: Console) -> None:
     writer.show(grid)
 
 
+def print_series(series: Series, console: Console, closing: Sequence[str] = ()) -> None:
+    """Print a row for each checkpoint: means over its blocks and the gravest finding; then what was left out.
+
+    Args:
+        series: what to print.
+        console: where.
+        closing: as for :func:`print_summary`.
+    """
+    writer = _Writer(console)
+    writer.line(f"{content.model_name(series.points[-1].analysis)}: {extent(series)}", "bold")
+    writer.line("")
+    shown = columns(series)
+    found = rows(series)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
+    for heading in (series.unit, *(_SERIES_HEADINGS[name] for name in shown), "simil.\nblocks"):
+        table.add_column(writer.text(heading, lines=True), justify="right", no_wrap=True)
+    labelled = any(row.top1 for row in found)
+    if labelled:
+        table.add_column("top-1", justify="right", no_wrap=True)
+    table.add_column("verdict", overflow="fold")
+    for row in found:
+        severity, verdict = verdict_in_short(row)
+        cells = [row.step, *row.cells, row.similar, *([row.top1 or "–"] if labelled else [])]
+        table.add_row(*map(writer.text, cells), writer.text(verdict, _STYLES.get(severity, "")))
+    writer.wide(table)
+    writer.line("Means over blocks; +n: so many more warnings and problems", "dim")
+    writer.line(f"Steps: {'; '.join(origins(series))}", "dim")
+    writer.gaps([(entry["path"], entry["reason"]) for entry in series.skipped], "Left out")
+    writer.closing(closing)
+
+
 class _Writer:
     """Puts plain words on one console."""
 
@@ -245,12 +286,14 @@ class _Writer:
             grid.add_row(self.text(f"{name}:"), self.text(words))
         self.show(grid)
 
-    def gaps(self, gaps: list[tuple[str, str]]) -> None:
+    def gaps(self, gaps: list[tuple[str, str]], title: str = "Not measured") -> None:
         self.line("")
         if not gaps:
             return
-        self.line("Not measured", "bold")
+        self.line(title, "bold")
         grid = Table.grid(padding=(0, 1))
+        grid.add_column()
+        grid.add_column(overflow="fold")  # a path has no space to break at
         for what, why in gaps:
             grid.add_row("-", self.text(f"{what}: {why}"))
         self.show(grid)

@@ -85,6 +85,7 @@ def test_provenance(tmp_path: Path, tiny: Build) -> None:
         "adapted_by_timm": [],
         "non_finite": [],
         "norm_eps": None,
+        "training": {},
     }
     assert versions["torch"] == torch.__version__
     assert versions["timm"] == timm.__version__

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,12 @@ from torch import Tensor, nn
 import collapse_probe.models  # registers the bundled architectures with timm before any is loaded
 from collapse_probe import differences
 from collapse_probe.across_models import AcrossModels, Remembered
-from collapse_probe.analysis import DEFAULT_SAMPLES, borrowed, device_of, drawn_from, measure
+from collapse_probe.analysis import DEFAULT_SAMPLES, borrowed, check_options, device_of, drawn_from, measure
 from collapse_probe.comparison import MOST, Comparison, check, distinct
 from collapse_probe.errors import CollapseProbeError, UsageError
 from collapse_probe.loading import load_model
 from collapse_probe.loading.folder import list_images
 from collapse_probe.merging import merge, readings
-from collapse_probe.options import Options
 from collapse_probe.partial import Partial
 from collapse_probe.progress import own_bar
 from collapse_probe.result import Analysis
@@ -147,8 +146,7 @@ def _measured(
     loading = {name: settings.pop(name) for name in _LOADING if settings.get(name) is not None}
     if "img_size" in loading:
         settings["img_size"] = loading["img_size"]
-    known = {item.name for item in fields(Options)} - {"layers", "shard"}
-    Options(**{name: value for name, value in settings.items() if name in known}).check()  # before anything is loaded
+    check_options(**settings)  # before anything is loaded
     device = settings.pop("device", "auto")
     with drawn_from(settings.get("seed", 0)):
         models = [_loaded(label, source, loading, device) for label, source in named.items()]

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from collapse_probe.cli.app import app
+from tests.report.pages import without_scripts
 
 WIDE = {**os.environ, "COLUMNS": "120", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 5}
@@ -68,7 +69,7 @@ def test_the_main_job(folder, tmp_path):
     assert data["provenance"]["model"]["architecture"] == "vit_tiny_patch16_224"
     assert data["provenance"]["command"].startswith("collapse-probe analyze")
     assert data["findings"]
-    report = (tmp_path / "run" / "report.html").read_text()
+    report = without_scripts((tmp_path / "run" / "report.html").read_text())
     assert "blocks.2.attn" in report
     assert not re.search(r"""(src|href)=["']?https?:""", report)
 

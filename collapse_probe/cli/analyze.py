@@ -11,7 +11,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from collapse_probe.cli.arguments import keyword_arguments
+from collapse_probe.cli.arguments import keyword_arguments, numbers
+from collapse_probe.cli.model_options import (
+    IMAGES,
+    RUN,
+    AllowBadWeights,
+    Architecture,
+    Attention,
+    Checkpoint,
+    CropPct,
+    Device,
+    ImgSize,
+    Interpolation,
+    Key,
+    Mean,
+    ModelKwargs,
+    NumHeads,
+    Pretrained,
+    Std,
+    UseEma,
+    model_sources,
+)
 from collapse_probe.cli.outcome import with_exit_codes
 from collapse_probe.errors import DamagedFileError, UsageError
 from collapse_probe.shards import Shard
@@ -20,7 +40,7 @@ from collapse_probe.skipping import SKIPPED_ALLOWED
 if TYPE_CHECKING:
     from collapse_probe.resuming import Keeper
 
-MODEL, IMAGES, RUN, RESULT = "Model", "Images", "Running", "Result"
+RESULT = "Result"
 
 
 @with_exit_codes
@@ -33,44 +53,14 @@ def analyze(
             show_default=False,
         ),
     ] = None,
-    architecture: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="timm's name of the architecture of the weights.", rich_help_panel=MODEL),
-    ] = None,
-    checkpoint: Annotated[
-        str | None, typer.Option(help="Weights for the architecture given by --model.", rich_help_panel=MODEL)
-    ] = None,
-    pretrained: Annotated[
-        bool,
-        typer.Option(
-            help="Whether a bare name means its pretrained weights, or a random network.", rich_help_panel=MODEL
-        ),
-    ] = True,
-    use_ema: Annotated[
-        bool, typer.Option("--use-ema", help="Take the averaged weights of a checkpoint.", rich_help_panel=MODEL)
-    ] = False,
-    key: Annotated[
-        str | None,
-        typer.Option(
-            help="Take the weights under this key of a checkpoint, for example student.", rich_help_panel=MODEL
-        ),
-    ] = None,
-    num_heads: Annotated[
-        int | None,
-        typer.Option(help="Heads of each block: weights rarely show their number.", rich_help_panel=MODEL),
-    ] = None,
-    allow_bad_weights: Annotated[
-        bool,
-        typer.Option(
-            "--allow-bad-weights",
-            help="Analyse weights that hold NaN, infinities, or matrices of one number.",
-            rich_help_panel=MODEL,
-        ),
-    ] = False,
-    model_kwargs: Annotated[
-        list[str] | None,
-        typer.Option(help="Arguments of the architecture, as name=value; may be repeated.", rich_help_panel=MODEL),
-    ] = None,
+    architecture: Architecture = None,
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = True,
+    use_ema: UseEma = False,
+    key: Key = None,
+    num_heads: NumHeads = None,
+    allow_bad_weights: AllowBadWeights = False,
+    model_kwargs: ModelKwargs = None,
     images: Annotated[
         str | None,
         typer.Option("--images", "--data-dir", help="Folder of images, flat or nested.", rich_help_panel=IMAGES),
@@ -83,17 +73,11 @@ def analyze(
         float, typer.Option(help="Share of the images that may be unreadable.", rich_help_panel=IMAGES)
     ] = SKIPPED_ALLOWED,
     seed: Annotated[int, typer.Option(help="Chooses images and their order.", rich_help_panel=IMAGES)] = 0,
-    img_size: Annotated[int | None, typer.Option(help="Side of the input in pixels.", rich_help_panel=IMAGES)] = None,
-    mean: Annotated[
-        str | None, typer.Option(help="Override the mean, for example .5,.5,.5.", rich_help_panel=IMAGES)
-    ] = None,
-    std: Annotated[str | None, typer.Option(help="Override the standard deviation.", rich_help_panel=IMAGES)] = None,
-    crop_pct: Annotated[
-        float | None, typer.Option(help="Override the share kept by the crop.", rich_help_panel=IMAGES)
-    ] = None,
-    interpolation: Annotated[
-        str | None, typer.Option(help="Override the interpolation, for example bicubic.", rich_help_panel=IMAGES)
-    ] = None,
+    img_size: ImgSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    crop_pct: CropPct = None,
+    interpolation: Interpolation = None,
     batch_size: Annotated[
         int, typer.Option("--batch-size", "-b", help="Images per forward pass.", rich_help_panel=RUN)
     ] = 32,
@@ -108,19 +92,14 @@ def analyze(
             rich_help_panel=RUN,
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=RUN)] = "auto",
+    device: Device = "auto",
     amp: Annotated[bool, typer.Option("--amp", help="Run the model in mixed precision.", rich_help_panel=RUN)] = False,
     amp_dtype: Annotated[str, typer.Option(help="bfloat16 or float16.", rich_help_panel=RUN)] = "bfloat16",
     layers: Annotated[
         list[str] | None,
         typer.Option(help="Only layers whose name matches this pattern; may be repeated.", rich_help_panel=RUN),
     ] = None,
-    attention: Annotated[
-        str,
-        typer.Option(
-            help="applied (what multiplied the values) or softmax (underneath re-attention).", rich_help_panel=RUN
-        ),
-    ] = "applied",
+    attention: Attention = "applied",
     until_se: Annotated[
         float | None,
         typer.Option(
@@ -191,7 +170,7 @@ def analyze(
         from collapse_probe.ranks import ranks
 
         with ranks() as team, one_voice(team):
-            source, arch, weights = _sources(model, architecture, checkpoint)
+            source, arch, weights = model_sources(model, architecture, checkpoint)
             part = _part(shard, out, force, team.size)
             _check_apart(images, out)
             keeper = _keeper(
@@ -201,7 +180,7 @@ def analyze(
                 "arch": arch, "checkpoint": weights, "pretrained": pretrained, "use_ema": use_ema,
                 "key": key, "num_heads": num_heads, "allow_bad_weights": allow_bad_weights,
                 "model_kwargs": keyword_arguments(model_kwargs or []), "img_size": img_size,
-                "mean": _numbers("--mean", mean), "std": _numbers("--std", std), "crop_pct": crop_pct,
+                "mean": numbers("--mean", mean), "std": numbers("--std", std), "crop_pct": crop_pct,
                 "interpolation": interpolation, "batch_size": batch_size, "workers": workers,
                 "num_samples": num_samples, "max_skipped": max_skipped, "seed": seed,
                 "device": device, "amp": amp, "amp_dtype": amp_dtype,
@@ -308,25 +287,3 @@ def _measure_shard(
     partial.provenance["command"] = command
     partial.save(folder)
     arguments["progress"].note(f"Shard {part}: sums over {partial.images} images written to {folder}.")
-
-
-def _sources(model: str | None, arch: str | None, checkpoint: str | None) -> tuple[str | None, str | None, str | None]:
-    """Who gives the weights and who the architecture: (model source, architecture of a file, weights of a name)."""
-    if model is not None and "=" in model and not Path(model).exists():
-        raise UsageError(f"{model!r} is no model. To give several arguments, repeat the option: --model-kwargs {model}")
-    if model is not None and checkpoint is not None:
-        raise UsageError("Weights are given twice, as the argument and by --checkpoint. Use one of them.")
-    if model is None:
-        if checkpoint is not None and arch is None:
-            return checkpoint, None, None
-        return (checkpoint, arch, None) if checkpoint is not None else (arch, None, None)
-    return model, arch, None
-
-
-def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.replace(",", " ").split())
-    except ValueError:
-        raise UsageError(f"{option} {text!r} is not a list of numbers such as .5,.5,.5.") from None

@@ -20,3 +20,13 @@ def keyword_arguments(pairs: list[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             arguments[name] = {"True": True, "False": False, "None": None}.get(value, value)
     return arguments
+
+
+def numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+    """A list of numbers such as ``.5,.5,.5``; None where the option is not given."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.replace(",", " ").split())
+    except ValueError:
+        raise UsageError(f"{option} {text!r} is not a list of numbers such as .5,.5,.5.") from None

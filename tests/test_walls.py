@@ -13,15 +13,17 @@ import collapse_probe
 
 PACKAGE = Path(collapse_probe.__file__).parent
 ROOMS = {"capture", "metrics", "models", "loading", "plots", "report"}
-COMMANDS = ["analyze", "compare", "inspect", "merge", "metrics", "models"]
+COMMANDS = ["analyze", "compare", "inspect", "look", "merge", "metrics", "models"]
 SHARED = {
     "comparison",
     "differences",
     "errors",
     "files",
+    "look",
     "readings",
     "references",
     "result",
+    "rollout",
     "shards",
     "skipping",
     "words",
@@ -91,6 +93,7 @@ def loaded_after(statement):
         "import collapse_probe",
         "import collapse_probe.cli",
         "import collapse_probe.plots",
+        "from collapse_probe import Look",
         "import collapse_probe.report",
         "from collapse_probe import Analysis, Finding",
     ],
@@ -117,10 +120,12 @@ def test_public_names():
             "CollapseProbeError",
             "Comparison",
             "Finding",
+            "Look",
             "analyze",
             "capture",
             "compare",
             "load_model",
+            "look_at",
             "measure",
             "merge",
         ]

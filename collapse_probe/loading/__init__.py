@@ -12,11 +12,13 @@ from collapse_probe.loading.images import open_images
 from collapse_probe.loading.inspection import inspect_weights
 from collapse_probe.loading.labels import Labels, labels_of
 from collapse_probe.loading.model_source import load_model
+from collapse_probe.loading.picture import as_seen, read_image
 
 __all__ = [
     "Batch",
     "ImageSource",
     "Labels",
+    "as_seen",
     "check_skipped",
     "data_config",
     "inspect_weights",
@@ -24,4 +26,5 @@ __all__ = [
     "load_model",
     "matches_model",
     "open_images",
+    "read_image",
 ]

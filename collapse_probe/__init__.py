@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collapse_probe.comparison import Comparison as Comparison
     from collapse_probe.errors import CollapseProbeError as CollapseProbeError
     from collapse_probe.loading import load_model as load_model
+    from collapse_probe.look import Look as Look
+    from collapse_probe.looking import look_at as look_at
     from collapse_probe.merging import merge as merge
     from collapse_probe.result import Analysis as Analysis
     from collapse_probe.result import Finding as Finding
@@ -34,11 +36,13 @@ _HOMES = {
     "CollapseProbeError": "collapse_probe.errors",
     "Comparison": "collapse_probe.comparison",
     "Finding": "collapse_probe.result",
+    "Look": "collapse_probe.look",
     "Series": "collapse_probe.series",
     "analyze": "collapse_probe.analysis",
     "capture": "collapse_probe.capture",
     "compare": "collapse_probe.comparing",
     "load_model": "collapse_probe.loading",
+    "look_at": "collapse_probe.looking",
     "measure": "collapse_probe.analysis",
     "merge": "collapse_probe.merging",
     "track": "collapse_probe.tracking",

@@ -30,13 +30,13 @@ from collapse_probe.loading import (
     check_skipped,
     data_config,
     labels_of,
-    load_model,
     matches_model,
     open_images,
 )
 from collapse_probe.loading.soundness import constant_matrices, non_finite
 from collapse_probe.merging import merge, merge_one_by_one
 from collapse_probe.metrics.suite import choose
+from collapse_probe.networks import device_of, open_model, prepared
 from collapse_probe.options import Options, check_preprocessing
 from collapse_probe.partial import Partial, check_shards, is_same_shard
 from collapse_probe.processors import automatic_workers
@@ -220,21 +220,10 @@ img_size, mean, std, crop_pct, interpolation, partial, resume, progress, setting
     if model is None:
         model = bundled_models.bundled_weights()
     given = isinstance(model, nn.Module)
-    if isinstance(model, nn.Module):
-        if arch or checkpoint or model_kwargs or key or num_heads:
-            raise UsageError(
-                "arch, checkpoint, key, num_heads and model_kwargs describe a file or a name; the model given is a "
-                "module."
-            )
-        network = _unwrapped(model)
-    elif isinstance(model, (str, Path)):
-        with drawn_from(options.seed):
-            network = load_model(
-                model, arch, pretrained=pretrained, checkpoint=checkpoint, use_ema=use_ema, key=key,
-                num_heads=num_heads, allow_bad_weights=allow_bad_weights, model_kwargs=model_kwargs, img_size=img_size,
-            )  # fmt: skip
-    else:
-        raise UsageError(f"model must be an nn.Module, a timm name or a path; got a {type(model).__name__}.")
+    network = open_model(
+        model, arch=arch, checkpoint=checkpoint, pretrained=pretrained, use_ema=use_ema, key=key, num_heads=num_heads,
+        allow_bad_weights=allow_bad_weights, model_kwargs=model_kwargs, img_size=img_size, seed=options.seed,
+    )  # fmt: skip
     if advice is not None:  # not before a file that is refused: it would only stand in the way of the refusal
         warnings.warn(advice, stacklevel=3)
     target = device_of(options.device, network if given else None)
@@ -363,7 +352,7 @@ class _Pass:
         try:
             with (
                 _memory(self.target, run),
-                _prepared(self.network, self.target),
+                prepared(self.network, self.target),
                 closing(_readable(self.source, saved, self.options.max_skipped)) as batches,
             ):
                 run.through(self.network, batches, after_batch)
@@ -447,55 +436,6 @@ def _readable(source: ImageSource, saved: Partial | None, max_skipped: float) ->
     check_skipped(source, max_skipped)  # the last files may have filled no batch
 
 
-@contextmanager
-def drawn_from(seed: int) -> Iterator[None]:
-    """Random weights are the same in every process; the caller's own random numbers go on as if there were none."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
-
-
-class _prepared:
-    """The model in evaluation mode on its device for the block, and as it was afterwards."""
-
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self._model, self._device = model, device
-        self._home = next((parameter.device for parameter in model.parameters()), device)
-        self._modes = {module: module.training for module in model.modules()}
-
-    def __enter__(self) -> None:
-        self._model.to(self._device)
-        self._model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        for module, training in self._modes.items():
-            module.training = training
-        if self._home != self._device:
-            self._model.to(self._home)
-
-
-def device_of(name: str, module: nn.Module | None) -> torch.device:
-    """The device that was asked for; under "auto" that of a module that was given, else a GPU where there is one."""
-    if name == "auto":
-        if module is not None:
-            parameter = next(module.parameters(), None)
-            return torch.device("cpu") if parameter is None else parameter.device
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"device {name!r} is not known; use auto, cpu, cuda, cuda:N or mps.") from None
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UsageError(f"device {name!r} is not supported; use auto, cpu, cuda, cuda:N or mps.")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device {name!r} was asked for, and this PyTorch sees no CUDA device. Use --device cpu.")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UsageError(f"device {name!r} was asked for, and this PyTorch sees no MPS device. Use --device cpu.")
-    return device
-
-
 def _workers(options: Options, device: torch.device, config: Mapping[str, Any]) -> int:
     """As many as were asked for, or what suits the machine."""
     if options.workers is not None:
@@ -509,17 +449,6 @@ def samples_of(images: Any, num_samples: int | None) -> int | None:
     if num_samples is None and isinstance(images, (str, Path)):
         return DEFAULT_SAMPLES
     return num_samples
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside `torch.compile` and data parallelism, whose own layers can be observed."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
 
 
 def _precision(model: nn.Module, options: Options) -> str:

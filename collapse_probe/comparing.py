@@ -18,12 +18,13 @@ from torch import Tensor, nn
 import collapse_probe.models  # registers the bundled architectures with timm before any is loaded
 from collapse_probe import differences
 from collapse_probe.across_models import AcrossModels, Remembered
-from collapse_probe.analysis import DEFAULT_SAMPLES, borrowed, check_options, device_of, drawn_from, measure
+from collapse_probe.analysis import DEFAULT_SAMPLES, borrowed, check_options, measure
 from collapse_probe.comparison import MOST, Comparison, check, distinct
 from collapse_probe.errors import CollapseProbeError, UsageError
 from collapse_probe.loading import load_model
 from collapse_probe.loading.folder import list_images
 from collapse_probe.merging import merge, readings
+from collapse_probe.networks import device_of, drawn_from
 from collapse_probe.partial import Partial
 from collapse_probe.progress import own_bar
 from collapse_probe.result import Analysis

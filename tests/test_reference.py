@@ -34,6 +34,6 @@ def test_it_covers_what_is_public() -> None:
     for name in (*collapse_probe.__all__, *metrics.__all__, *plots.__all__):
         assert f"### {name}\n" in text or f".{name}" in text, name
     commands = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
-    for name in ("analyze", "compare", "inspect", "merge", "metrics", "models", "report", "track"):
+    for name in ("analyze", "compare", "inspect", "merge", "metrics", "look", "models", "report", "track"):
         assert f"## `collapse-probe {name}`\n" in commands
     assert "-b, --batch-size" in commands

@@ -13,16 +13,18 @@ import collapse_probe
 
 PACKAGE = Path(collapse_probe.__file__).parent
 ROOMS = {"capture", "metrics", "models", "loading", "plots", "report", "conditions"}
-COMMANDS = ["analyze", "compare", "inspect", "merge", "metrics", "models", "report", "track"]
+COMMANDS = ["analyze", "compare", "inspect", "look", "merge", "metrics", "models", "report", "track"]
 SHARED = {
     "comparison",
     "differences",
     "errors",
     "files",
+    "look",
     "ratio",
     "readings",
     "references",
     "result",
+    "rollout",
     "series",
     "shards",
     "skipping",
@@ -94,6 +96,7 @@ def loaded_after(statement):
         "import collapse_probe",
         "import collapse_probe.cli",
         "import collapse_probe.plots",
+        "from collapse_probe import Look",
         "import collapse_probe.report",
         "import collapse_probe.conditions",
         "import collapse_probe.diagnosis",
@@ -122,11 +125,13 @@ def test_public_names():
             "CollapseProbeError",
             "Comparison",
             "Finding",
+            "Look",
             "Series",
             "analyze",
             "capture",
             "compare",
             "load_model",
+            "look_at",
             "measure",
             "merge",
             "track",

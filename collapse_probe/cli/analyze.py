@@ -34,17 +34,8 @@ def analyze(
         ),
     ] = None,
     architecture: options.Architecture = None,
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(help="Weights for the architecture given by --model.", rich_help_panel=options.MODEL),
-    ] = None,
-    pretrained: Annotated[
-        bool,
-        typer.Option(
-            help="Whether a bare name means its pretrained weights, or a random network.",
-            rich_help_panel=options.MODEL,
-        ),
-    ] = True,
+    checkpoint: options.Checkpoint = None,
+    pretrained: options.Pretrained = True,
     use_ema: options.UseEma = False,
     key: options.Key = None,
     num_heads: options.NumHeads = None,
@@ -121,7 +112,7 @@ def analyze(
         from collapse_probe.ranks import ranks
 
         with ranks() as team, one_voice(team):
-            source, arch, weights = _sources(model, architecture, checkpoint)
+            source, arch, weights = options.model_sources(model, architecture, checkpoint)
             part = _part(shard, out, force, team.size)
             options.check_apart(images, out)
             asked = _gate(gate(fail_on, baseline, conditions_json, junit), source, part, metrics)
@@ -244,16 +235,3 @@ def _measure_shard(
     partial.provenance["command"] = command
     partial.save(folder)
     arguments["progress"].note(f"Shard {part}: sums over {partial.images} images written to {folder}.")
-
-
-def _sources(model: str | None, arch: str | None, checkpoint: str | None) -> tuple[str | None, str | None, str | None]:
-    """Who gives the weights and who the architecture: (model source, architecture of a file, weights of a name)."""
-    if model is not None and "=" in model and not Path(model).exists():
-        raise UsageError(f"{model!r} is no model. To give several arguments, repeat the option: --model-kwargs {model}")
-    if model is not None and checkpoint is not None:
-        raise UsageError("Weights are given twice, as the argument and by --checkpoint. Use one of them.")
-    if model is None:
-        if checkpoint is not None and arch is None:
-            return checkpoint, None, None
-        return (checkpoint, arch, None) if checkpoint is not None else (arch, None, None)
-    return model, arch, None

@@ -11,6 +11,7 @@ import typer
 from collapse_probe.cli.analyze import analyze
 from collapse_probe.cli.compare import compare
 from collapse_probe.cli.inspect import inspect
+from collapse_probe.cli.look import look
 from collapse_probe.cli.merge import merge
 from collapse_probe.cli.metrics import metrics
 from collapse_probe.cli.models import models
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.command()(analyze)
 app.command()(compare)
 app.command()(inspect)
+app.command()(look)
 app.command()(merge)
 app.command()(metrics)
 app.command()(models)

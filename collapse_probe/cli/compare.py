@@ -29,12 +29,7 @@ def compare(
         ),
     ],
     architecture: options.Architecture = None,
-    pretrained: Annotated[
-        bool,
-        typer.Option(
-            help="Whether a bare name means its pretrained weights, or a random network.", rich_help_panel=options.MODEL
-        ),
-    ] = True,
+    pretrained: options.Pretrained = True,
     use_ema: options.UseEma = False,
     key: options.Key = None,
     num_heads: options.NumHeads = None,

@@ -19,6 +19,13 @@ Architecture = Annotated[
     str | None,
     typer.Option("--model", "-m", help="timm's name of the architecture of the weights.", rich_help_panel=MODEL),
 ]
+Checkpoint = Annotated[
+    str | None, typer.Option(help="Weights for the architecture given by --model.", rich_help_panel=MODEL)
+]
+Pretrained = Annotated[
+    bool,
+    typer.Option(help="Whether a bare name means its pretrained weights, or a random network.", rich_help_panel=MODEL),
+]
 UseEma = Annotated[
     bool, typer.Option("--use-ema", help="Take the averaged weights of a checkpoint.", rich_help_panel=MODEL)
 ]
@@ -140,3 +147,18 @@ def check_apart(images: str | None, out: str | None) -> None:
         root, target = Path(images).resolve(), Path(out).resolve()
         if target == root or root in target.parents:
             raise UsageError(f"--out {out} lies in the folder of images, whose pictures it would join. Choose another.")
+
+
+def model_sources(
+    model: str | None, arch: str | None, checkpoint: str | None
+) -> tuple[str | None, str | None, str | None]:
+    """Who gives the weights and who the architecture: (model source, architecture of a file, weights of a name)."""
+    if model is not None and "=" in model and not Path(model).exists():
+        raise UsageError(f"{model!r} is no model. To give several arguments, repeat the option: --model-kwargs {model}")
+    if model is not None and checkpoint is not None:
+        raise UsageError("Weights are given twice, as the argument and by --checkpoint. Use one of them.")
+    if model is None:
+        if checkpoint is not None and arch is None:
+            return checkpoint, None, None
+        return (checkpoint, arch, None) if checkpoint is not None else (arch, None, None)
+    return model, arch, None

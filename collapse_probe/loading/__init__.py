@@ -13,11 +13,13 @@ from collapse_probe.loading.inspection import inspect_weights
 from collapse_probe.loading.labels import Labels, labels_of
 from collapse_probe.loading.listing import checkpoint_digest, list_checkpoints
 from collapse_probe.loading.model_source import load_model
+from collapse_probe.loading.picture import as_seen, read_image
 
 __all__ = [
     "Batch",
     "ImageSource",
     "Labels",
+    "as_seen",
     "check_skipped",
     "checkpoint_digest",
     "data_config",
@@ -27,4 +29,5 @@ __all__ = [
     "load_model",
     "matches_model",
     "open_images",
+    "read_image",
 ]

@@ -6,7 +6,7 @@ images ship with the package.
 
 from __future__ import annotations
 
-from collapse_probe.models.bundled import BUNDLED, bundled_images, bundled_weights
+from collapse_probe.models.bundled import BUNDLED, bundled_image, bundled_images, bundled_weights
 from collapse_probe.models.deepvit import DeepVisionTransformer, ReAttention
 from collapse_probe.models.digits import digits_deepvit_24b, digits_vit_24b
 
@@ -14,6 +14,7 @@ __all__ = [
     "BUNDLED",
     "DeepVisionTransformer",
     "ReAttention",
+    "bundled_image",
     "bundled_images",
     "bundled_weights",
     "digits_deepvit_24b",

@@ -22,6 +22,11 @@ def bundled_images() -> Path:
     return _data() / "digits"
 
 
+def bundled_image() -> Path:
+    """One of them, an eight."""
+    return bundled_images() / "0028_label8.png"
+
+
 def _data() -> Path:
     # torch and timm open files by path, so a package inside a zip archive is not supported anyway.
     return Path(str(files("collapse_probe").joinpath("data")))

@@ -10,9 +10,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter
+from matplotlib.transforms import ScaledTranslation
 from numpy.typing import NDArray
 
 from collapse_probe.plots.select import Arrangement, arrange, column, spread, titled
+from collapse_probe.plots.sizes import figure_width, fold, narrow, room, set_title
 from collapse_probe.plots.style import (
     BLACK,
     BLUE,
@@ -39,6 +41,11 @@ ADJACENT = {
 
 _PREVIOUS = "Block p, compared with block p − 1"
 
+#: Points between axes and a key below them, where the axis has its numbers and a label of one line; those of another.
+_BELOW, _LINE = 25, 10
+#: Inches that two columns of a key, or sixteen numbers on an axis, take.
+_WIDE = 3.2
+
 
 @paper()
 def adjacent_similarity(analysis: Analysis, ax: Axes | None = None, *, group: str | None = None) -> tuple[Figure, Axes]:
@@ -54,9 +61,10 @@ def adjacent_similarity(analysis: Analysis, ax: Axes | None = None, *, group: st
     """
     shown = arrange(analysis, group)
     table = analysis.layers.loc[shown.layers]
-    figure, ax = single_axes(ax, _width(4.8, shown), 3.3)
+    width = _width(4.8, shown)
+    figure, ax = single_axes(ax, width, (1.7 if narrow(width) else 1.2) + 0.44 * min(width, 4.8))
     title = "Similarity to the previous block"
-    ax.set_title(title if shown.several else titled(title, analysis, shown.groups[0]), pad=title_pad(shown.several))
+    set_title(ax, title if shown.several else titled(title, analysis, shown.groups[0]), pad=title_pad(shown.several))
     ax.set_ylabel("Cosine similarity")
     drawn = [_curve(ax, table, name, *look) for name, look in ADJACENT.items()]
     _block_axis(ax, shown, f"{shown.label} and the one before it in its group" if shown.several else _PREVIOUS)
@@ -84,8 +92,9 @@ def head_diversity(analysis: Analysis, ax: Axes | None = None, *, group: str | N
     """
     shown = arrange(analysis, group)
     table = analysis.layers.loc[shown.layers]
-    figure, ax = single_axes(ax, _width(4.6, shown), 2.9)
-    ax.set_title("Head diversity", pad=title_pad(shown.several))
+    width = _width(4.6, shown)
+    figure, ax = single_axes(ax, width, 0.6 + 0.5 * min(width, 4.6))
+    set_title(ax, "Head diversity", pad=title_pad(shown.several))
     ax.set(ylabel="1 − cross-head similarity", ylim=(-0.03, _top(table)))
     _block_axis(ax, shown)
     if not _bands(ax, shown, table, "head_diversity", BLUE, "o"):
@@ -119,7 +128,8 @@ def entropy(
     shown = arrange(analysis, group)
     table = analysis.layers.loc[shown.layers]
     if ax is None:
-        figure = new_figure(_width(4.6, shown), 4.4)
+        width = _width(4.6, shown)
+        figure = new_figure(width, 1.2 + 0.7 * min(width, 4.6))
         axes = figure.subplots(2, 1)
     else:
         figure, axes = several_axes(ax, count=2)
@@ -146,8 +156,8 @@ def _why_nothing_precedes(shown: Arrangement) -> str:
 
 
 def _width(width: float, shown: Arrangement) -> float:
-    """Inches; more where many layers of several groups stand side by side."""
-    return max(width, 1.2 + 0.2 * len(shown.layers)) if shown.several else width
+    """Inches; more where many layers of several groups stand side by side, unless the caller has chosen a width."""
+    return figure_width(max(width, 1.2 + 0.2 * len(shown.layers)) if shown.several else width)
 
 
 def _curve(ax: Axes, table: pd.DataFrame, name: str, label: str, colour: str, marker: str, dashes: str) -> bool:
@@ -193,7 +203,12 @@ def _legend(ax: Axes) -> None:
     """Below the axes, lines before the shading."""
     handles, labels = ax.get_legend_handles_labels()
     lines_first = sorted(zip(handles, labels, strict=True), key=lambda pair: pair[1] == "counted as similar")
-    ax.legend(*zip(*lines_first, strict=True), loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
+    gap = _BELOW + _LINE * ax.get_xlabel().count("\n")
+    below = ax.transAxes + ScaledTranslation(0, -gap / 72, ax.figure.dpi_scale_trans)
+    ax.legend(
+        *zip(*lines_first, strict=True), loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below,
+        ncols=2 if _wide(ax) else 1,
+    )  # fmt: skip
 
 
 def variation_axis(ax: Axes, smallest: float) -> None:
@@ -205,10 +220,14 @@ def variation_axis(ax: Axes, smallest: float) -> None:
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
+def _wide(ax: Axes) -> bool:
+    return room(ax) > _WIDE
+
+
 def _block_axis(ax: Axes, shown: Arrangement, label: str = "") -> None:
     count = len(shown.layers)
-    ticks = thinned_ticks(count)
-    ax.set_xlabel(label or shown.label)
+    ticks = thinned_ticks(count, 16 if _wide(ax) else 9)
+    ax.set_xlabel(fold(label or shown.label, room(ax), 8))
     ax.set_xticks(ticks, labels=[str(shown.numbers[tick]) for tick in ticks])
     ax.set_xlim(-0.5, count - 0.5)
     ax.grid(visible=True)

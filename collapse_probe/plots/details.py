@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from collapse_probe.plots.select import choose_group, titled
+from collapse_probe.plots.sizes import figure_width, fold, narrow, room, set_heading, set_title
 from collapse_probe.plots.style import (
     BLUE,
     SEQUENTIAL,
@@ -40,9 +41,8 @@ def similarity_by_head(analysis: Analysis, ax: Axes | None = None, *, group: str
     """
     chosen = choose_group(analysis, group)
     values = _adjacent(chosen, "similarity_by_head").T
-    figure, ax = single_axes(ax, 4.8, float(np.clip(1.3 + 0.19 * chosen.heads, 1.9, 4.6)))
-    title = titled("Similarity to the previous block, by head", analysis, chosen)
-    ax.set_title(title)
+    figure, ax = single_axes(ax, figure_width(4.8), float(np.clip(1.3 + 0.19 * chosen.heads, 1.9, 4.6)))
+    set_title(ax, titled("Similarity to the previous block, by head", analysis, chosen))
     if not np.isfinite(values).any():
         say_undefined(ax, "a single layer has no previous block" if len(chosen.layers) == 1 else "")
         return figure, ax
@@ -78,8 +78,7 @@ def similarity_by_token(
     values = over_windows(chosen, _adjacent(chosen, "similarity_by_token"))
     figure, axes = _panels(len(values)) if ax is None else several_axes(ax)
     if ax is None:
-        title = titled("Similarity to the previous block, by key token", analysis, chosen)
-        figure.suptitle(title, fontsize=9, fontweight="bold", x=0.01, ha="left")
+        set_heading(figure, titled("Similarity to the previous block, by key token", analysis, chosen))
     if not np.isfinite(values).any():
         for panel in axes:
             say_undefined(panel, "a single layer has no previous block" if len(chosen.layers) == 1 else "")
@@ -129,9 +128,10 @@ def over_windows(group: Group, values: NDArray[np.float64]) -> NDArray[np.float6
 
 def _panels(available: int) -> tuple[Figure, NDArray[Any]]:
     count = min(available, _MOST_PANELS)
-    columns = min(count, 3)
+    columns = min(count, 2 if narrow(figure_width(4.4)) else 3)
     rows = -(-count // columns)
-    figure = new_figure(max(1.45 * columns + 0.7, 4.4) if columns > 1 else 3.6, 1.75 * rows + 0.4)
+    width = figure_width(max(1.45 * columns + 0.7, 4.4) if columns > 1 else 3.6)
+    figure = new_figure(width, (min((width - 0.7) / columns, 2.2) + 0.3) * rows + 0.4)
     return figure, figure.subplots(rows, columns, squeeze=False).ravel()
 
 
@@ -147,7 +147,7 @@ def _draw_tokens(ax: Axes, group: Group, values: NDArray[np.float64], norm: Norm
     if grid is None:
         ax.plot(values, color=BLUE, linewidth=0.8)
         place = "Key token of a window" if group.windows > 1 else "Key token"
-        ax.set(xlabel=place, ylabel="M", ylim=(norm.vmin, norm.vmax))
+        ax.set(xlabel=fold(place, room(ax), 8), ylabel="M", ylim=(norm.vmin, norm.vmax))
         return
     ax.patch.set(facecolor="0.97", hatch="/////", edgecolor="0.7")
     ax.imshow(values[group.prefix_tokens :].reshape(grid), norm=norm, cmap=SEQUENTIAL, interpolation="nearest")

@@ -20,12 +20,14 @@ from numpy.typing import NDArray
 
 from collapse_probe.plots.panels import Panel, Track, bands_in_words, depth_axis, draw_panel
 from collapse_probe.plots.select import arrange, arrange_streams, column
+from collapse_probe.plots.sizes import figure_width, narrow, room, set_title, small_print
 from collapse_probe.plots.style import SEQUENTIAL, as_written, key_below, new_figure, paper, say_undefined
 from collapse_probe.readings import FAMILIES
 from collapse_probe.result import Analysis, Stream
 
 #: In inches.
-_WIDTH, _PANEL_HEIGHT, _SMALL_LINE = 7.2, 1.75, 0.12
+_WIDTH, _PANEL_HEIGHT, _LOW_PANEL, _SMALL_LINE = 7.2, 1.75, 1.45, 0.12
+_ROOM_FOR_ONSET = 1.5
 
 
 def mark_onset(ax: Axes, analysis: Analysis, track: Track) -> None:
@@ -41,7 +43,7 @@ def mark_onset(ax: Axes, analysis: Analysis, track: Track) -> None:
         if low is not None and high is not None:
             ax.plot([low, high], [0.5, 0.5], color="0.25", linewidth=1.0, marker="|", markersize=5, label="_onset")
         ax.plot([at], [0.5], color="0.25", marker="D", markersize=4, label="_onset")
-        if len(analysis.groups) == 1:
+        if len(analysis.groups) == 1 and room(ax) > _ROOM_FOR_ONSET:
             _say_onset(ax, track, at, low, high)
 
 
@@ -232,13 +234,13 @@ def _family(family: str, analysis: Analysis, group: str | None) -> tuple[Figure,
         return _nothing(family)
     count = len(panels) + (spectrum is not None)
     names = [name for panel in panels for name in panel.lines]
-    small_print = [bands_in_words(analysis, names), *_letters(analysis, group, panels)]
+    below = [bands_in_words(analysis, names), *_letters(analysis, group, panels)]
     if "similarity_ratio" in names:
-        small_print[1:1] = onset_in_words(analysis)
+        below[1:1] = onset_in_words(analysis)
     if _tells_outliers_apart(analysis, names):
-        small_print[1:1] = ["typical: without tokens above 5 times the median patch norm."]
+        below[1:1] = ["typical: without tokens above 5 times the median patch norm."]
     brackets = any(tracks[panel.of_features].brackets for panel in panels)
-    figure, axes, columns = _grid(count, brackets, len(small_print))
+    figure, axes, columns = _grid(count, brackets, below)
     same = tracks[False].layers == tracks[True].layers
     for place, (ax, panel) in enumerate(zip(axes, panels, strict=False)):
         track = tracks[panel.of_features]
@@ -247,13 +249,12 @@ def _family(family: str, analysis: Analysis, group: str | None) -> tuple[Figure,
             say_undefined(ax, reason if reason != _UNKNOWN else "")
             continue
         draw_panel(ax, analysis, panel, track)
-        below = place + columns
-        drawn_below = below < len(panels) and not reasons[panels[below].title]
+        beneath = place + columns
+        drawn_below = beneath < len(panels) and not reasons[panels[beneath].title]
         numbers = not (same and drawn_below and not track.brackets)
-        depth_axis(ax, track, numbers, most=16 if columns < 3 else 9)
+        depth_axis(ax, track, numbers, most=16 if room(ax) > 2.5 else 9)
     if spectrum is not None:
         _spectrum(axes[count - 1], *spectrum)
-    key_below(figure, small_print)
     return figure, axes
 
 
@@ -288,21 +289,25 @@ def _tells_outliers_apart(analysis: Analysis, names: Sequence[str]) -> bool:
     return any(not np.array_equal(column(table, name), column(table, twin), equal_nan=True) for name, twin in pairs)
 
 
-def _grid(count: int, brackets: bool, lines: int) -> tuple[Figure, NDArray[Any], int]:
-    columns = {1: 1, 2: 2, 4: 2}.get(count, 3)
+def _grid(count: int, brackets: bool, below: Sequence[str]) -> tuple[Figure, NDArray[Any], int]:
+    """A figure with room for so many panels, as many of them side by side as its width allows, and the small print."""
+    columns = 1 if narrow(figure_width(_WIDTH)) else {1: 1, 2: 2, 4: 2}.get(count, 3)
+    width = figure_width(_WIDTH if columns > 1 else 4.4)
     rows = -(-count // columns)
-    height = _PANEL_HEIGHT + (0.3 if brackets else 0)
-    figure = new_figure(_WIDTH if columns > 1 else 4.4, height * rows + 0.2 + _SMALL_LINE * lines)
+    height = (_LOW_PANEL if narrow(width) and count > 1 else _PANEL_HEIGHT) + (0.3 if brackets else 0)
+    lines = small_print(below, width)
+    figure = new_figure(width, height * rows + 0.2 + _SMALL_LINE * len(lines))
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for ax in axes[count:]:
         ax.remove()
+    key_below(figure, lines)
     return figure, axes[:count], columns
 
 
 def _nothing(family: str) -> tuple[Figure, NDArray[Any]]:
-    figure = new_figure(4.4, 1.6)
+    figure = new_figure(figure_width(4.4), 1.6)
     ax = figure.add_subplot()
-    ax.set_title(FAMILIES[family][0])
+    set_title(ax, FAMILIES[family][0])
     say_undefined(ax, "none of these readings is part of this analysis")
     return figure, np.array([ax], dtype=object)
 

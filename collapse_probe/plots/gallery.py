@@ -20,7 +20,8 @@ from collapse_probe.plots.families import (
 )
 from collapse_probe.plots.matrices import has_beside, layer_similarity, similarity_beside, similarity_parts
 from collapse_probe.plots.overview import overview
-from collapse_probe.plots.style import paper, render
+from collapse_probe.plots.sizes import check_width, figure_style
+from collapse_probe.plots.style import render, settle
 from collapse_probe.readings import FAMILIES
 from collapse_probe.result import Analysis
 
@@ -50,12 +51,18 @@ class Gallery:
 
     The analysis must not change in between.
 
+    Args:
+        analysis: what to draw.
+        width, titles: of all figures, as for :func:`~collapse_probe.plots.figure_style`.
+
     Attributes:
         names: the figures that have something to show, in reading order; none where the analysis holds no layers.
     """
 
-    def __init__(self, analysis: Analysis) -> None:
+    def __init__(self, analysis: Analysis, width: str | None = None, titles: bool = True) -> None:
+        check_width(width)
         self.analysis = analysis
+        self._width, self._titles = width, titles
         self.names = [name for name in FIGURES if _has(analysis, name)]
         self._figures: dict[str, Figure] = {}
         self._pngs: dict[str, bytes] = {}
@@ -63,7 +70,8 @@ class Gallery:
     def figure(self, name: str, draw: Callable[[Analysis], tuple[Figure, Any]] | None = None) -> Figure:
         """The figure of that name; `draw` makes it where it is none of the gallery's own."""
         if name not in self._figures:
-            self._figures[name] = (draw or FIGURES[name])(self.analysis)[0]
+            with figure_style(self._width, self._titles):
+                self._figures[name] = (draw or FIGURES[name])(self.analysis)[0]
         return self._figures[name]
 
     def render(self, name: str, suffix: str, draw: Callable[[Analysis], tuple[Figure, Any]] | None = None) -> bytes:
@@ -72,10 +80,7 @@ class Gallery:
             return self._pngs[name]
         figure = self.figure(name, draw)
         rendered = render(figure, suffix)
-        # The layout was found by the first rendering; looking for it again takes longer than drawing. Without an engine
-        # (not with "none", which leaves a placeholder) matplotlib also saves itself a rehearsal of every drawing.
-        with paper():
-            figure.set_layout_engine(None)
+        settle(figure)
         if suffix == "png":
             self._pngs[name] = rendered
         return rendered

@@ -7,6 +7,7 @@ after uniform attention is removed (centred), for what another image's map share
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from collapse_probe.errors import UsageError
 from collapse_probe.plots.families import stream_in_words
 from collapse_probe.plots.select import Arrangement, arrange, arrange_streams, titled
+from collapse_probe.plots.sizes import figure_width, fold, narrow, set_title, share, small_print
 from collapse_probe.plots.style import (
     as_written,
     bracket,
@@ -28,6 +30,7 @@ from collapse_probe.plots.style import (
     new_figure,
     paper,
     say_undefined,
+    several_axes,
     single_axes,
     thinned_ticks,
     title_pad,
@@ -50,10 +53,16 @@ BESIDE = ("tv_similarity", "feature_similarity", "cka")
 OF_FEATURES = ("cka", "feature_similarity")
 SIGNED = ("centred", "excess")
 _PART_WORDS = {"all": "", "prefix": ", prefix tokens", "patch": ", patch tokens"}
-_MOST_ANNOTATED, _LONGEST_PLACE = 16, 36
+_LONGEST_PLACE = 36
 
-#: Height of a line of the key in inches, and width of the axis' numbers in points.
-_KEY_LINE, _BESIDE_NUMBERS = 0.12, 20
+#: Inches of width from which a colour bar stands beside its heatmap, and inches beside the cells with and without it.
+_BAR_BELOW, _BESIDE_CELLS = 2.8, {True: 1.2, False: 0.5}
+
+#: Points of width that a number on a cell takes, and one on an axis; font size of those on cells.
+_NUMBER, _TICK, _NUMBER_SIZE = 15, 12, 6.0
+
+#: Height of a line of the key and of brackets in inches, and width of the axis' numbers in points.
+_KEY_LINE, _BRACKETS, _BESIDE_NUMBERS = 0.12, 0.45, 20
 
 
 @paper()
@@ -92,14 +101,16 @@ def layer_similarity(
     if part not in known and part != "all":
         whose = "no group has a" if shown.several else f"group {shown.groups[0].name} has no"
         raise UsageError(f"{whose} part {part!r}; there is {sorted(known)}.")
-    own_figure = ax is None
-    key_height = _KEY_LINE * (len(shown.groups) + 2) if shown.several and own_figure else 0.0
-    figure, ax = single_axes(ax, 4.6, 4.0 + key_height)
-    _draw(ax, shown, part, reading, annotate=len(shown.layers) <= _MOST_ANNOTATED)
+    width = figure_width(4.6)
+    key = [f"{item.name}  {_in_words(item)}" for item in shown.groups] if shown.several and ax is None else []
+    lines = small_print(key, width)
+    key_height = _KEY_LINE * (len(lines) + 2) if lines else 0.0
+    figure, ax = single_axes(ax, width, width - 0.6 + key_height)
+    _draw(ax, shown, part, reading, annotate=72 * _side(ax) / len(shown.layers) >= _NUMBER)
     title = READINGS[reading][0] + _PART_WORDS[part]
-    ax.set_title(title if shown.several else titled(title, analysis, shown.groups[0]), pad=title_pad(shown.several))
-    if shown.several and own_figure:
-        key_below(figure, [f"{item.name}  {_in_words(item)}" for item in shown.groups])
+    set_title(ax, title if shown.several else titled(title, analysis, shown.groups[0]), pad=title_pad(shown.several))
+    if lines:
+        key_below(figure, lines)
     return figure, ax
 
 
@@ -117,21 +128,25 @@ def owners_of(analysis: Analysis, reading: str, group: str | None) -> Arrangemen
 
 
 @paper()
-def similarity_parts(analysis: Analysis, *, group: str | None = None) -> tuple[Figure, NDArray[Any]]:
-    """M, centred M, the image-independent part and the excess, side by side; returns a 2 x 2 array of axes.
+def similarity_parts(
+    analysis: Analysis, ax: Sequence[Axes] | NDArray[Any] | None = None, *, group: str | None = None
+) -> tuple[Figure, NDArray[Any]]:
+    """M, centred M, image-independent part and excess, side by side; returns an array of axes, 2 x 2 where wide enough.
 
-    Several groups are shown as in :func:`layer_similarity`.
+    Several groups are shown as in :func:`layer_similarity`. `ax` are four axes of the caller.
 
     Raises:
-        UsageError: unknown group.
+        UsageError: unknown group, or not four axes.
     """
     shown = arrange(analysis, group)
-    figure = new_figure(7.2, 6.2)
-    axes = figure.subplots(2, 2)
-    for ax, reading in zip(axes.flat, COLUMNS, strict=True):
-        _draw(ax, shown, "all", reading, annotate=False)
+    if ax is None:
+        figure, axes = _heatmaps(4, 2, figure_width(7.2), shown.several)
+    else:
+        figure, axes = several_axes(ax, count=4)
+    for panel, reading in zip(axes.flat, COLUMNS, strict=True):
+        _draw(panel, shown, "all", reading, annotate=False)
         title = READINGS[reading][0]
-        ax.set_title(title if shown.several else titled(title, analysis, shown.groups[0]), pad=title_pad(shown.several))
+        _head(panel, title if shown.several else titled(title, analysis, shown.groups[0]), shown.several)
     return figure, axes
 
 
@@ -142,19 +157,48 @@ def has_beside(analysis: Analysis) -> list[str]:
 
 
 @paper()
-def similarity_beside(analysis: Analysis) -> tuple[Figure, NDArray[Any]]:
+def similarity_beside(
+    analysis: Analysis, ax: Axes | Sequence[Axes] | NDArray[Any] | None = None
+) -> tuple[Figure, NDArray[Any]]:
     """Rows of attention maps, and token features by cosine and by CKA, side by side; returns a flat array of axes.
 
-    Only readings that the analysis has are shown; several groups or streams as in :func:`layer_similarity`.
+    Only readings that the analysis has are shown, up to three; several groups or streams as in
+    :func:`layer_similarity`. `ax` are as many axes of the caller.
+
+    Raises:
+        UsageError: not as many axes as readings.
     """
     readings = has_beside(analysis) or ["feature_similarity"]
-    figure = new_figure(max(3.4 * len(readings), 4.4), 3.1)
-    axes = figure.subplots(1, len(readings), squeeze=False).ravel()
-    for ax, reading in zip(axes, readings, strict=True):
-        shown = owners_of(analysis, reading, None)
-        _draw(ax, shown, "all", reading, annotate=False)
-        ax.set_title(READINGS[reading][0], pad=title_pad(shown.several))
-    return figure, axes
+    owners = {reading: owners_of(analysis, reading, None) for reading in readings}
+    if ax is None:
+        several = any(shown.several for shown in owners.values())
+        figure, axes = _heatmaps(len(readings), len(readings), figure_width(max(3.4 * len(readings), 4.4)), several)
+    else:
+        figure, axes = several_axes(ax, count=len(readings))
+    for panel, (reading, shown) in zip(axes.flat, owners.items(), strict=True):
+        _draw(panel, shown, "all", reading, annotate=False)
+        _head(panel, READINGS[reading][0], shown.several)
+    return figure, axes.ravel()
+
+
+def _heatmaps(count: int, columns: int, width: float, several: bool) -> tuple[Figure, NDArray[Any]]:
+    """A figure for so many heatmaps, fewer of them side by side on one column, and its axes."""
+    if narrow(width):  # brackets of several groups need more room than half a column
+        columns = 1 if several else min(columns, 2)
+    rows, each = -(-count // columns), width / columns
+    figure = new_figure(width, rows * (each + (0.8 if each < _BAR_BELOW else -0.4)))
+    figure.set_layout_engine("compressed")  # made for squares: others leave them too little room for words
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat[count:]:
+        ax.remove()
+    return figure, axes if count == rows * columns else axes.ravel()[:count]
+
+
+def _head(ax: Axes, text: str, several: bool) -> None:
+    """The heading of one heatmap among others."""
+    size = 9 if share(ax) >= _BAR_BELOW else 8
+    room = share(ax) - 0.6 - (_BRACKETS if several else 0)
+    ax.set_title(fold(text, room, size, "bold"), fontsize=size, pad=title_pad(several))
 
 
 def _pairs(owner: Group | Stream, reading: str) -> bool:
@@ -178,17 +222,31 @@ def _draw(ax: Axes, shown: Arrangement, part: str, reading: str, annotate: bool)
         square=True,
         xticklabels=False,
         yticklabels=False,
-        cbar_kws={"label": READINGS[reading][1], "shrink": 0.8},
+        cbar_kws=_bar(ax, READINGS[reading][1], (scale["vmin"], scale["vmax"])),
     )
-    ax.set(xlabel=shown.label, ylabel=shown.label)  # after seaborn, which clears them
+    label = fold(shown.label, _side(ax) - (_BRACKETS if shown.several else 0), 8)
+    ax.set(xlabel=label, ylabel=label)  # after seaborn, which clears them
     if annotate:
         _annotate(ax, values)
-    ticks = thinned_ticks(count)
+    ticks = thinned_ticks(count, min(16, int(72 * _side(ax) / _TICK)))
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_ticks([tick + 0.5 for tick in ticks], labels=[str(shown.numbers[tick]) for tick in ticks], rotation=0)
     if shown.several:
         _frame(ax, shown)
     return None
+
+
+def _side(ax: Axes) -> float:
+    """About how many inches wide the cells are together."""
+    return share(ax) - _BESIDE_CELLS[share(ax) >= _BAR_BELOW]
+
+
+def _bar(ax: Axes, label: str, ends: tuple[float, float]) -> dict[str, Any]:
+    """Where a colour bar stands: beside the heatmap, or below a small one."""
+    if share(ax) >= _BAR_BELOW:
+        return {"label": label, "shrink": 0.8}
+    ticks = [ends[0], sum(ends) / 2, ends[1]]
+    return {"label": fold(label, share(ax) - 0.5, 8), "location": "bottom", "ticks": ticks}
 
 
 def values_between(shown: Arrangement, part: str, reading: str) -> NDArray[np.float64]:
@@ -224,8 +282,7 @@ def _in_words(group: Group | Stream) -> str:
 def _annotate(ax: Axes, values: NDArray[np.float64]) -> None:
     """The numbers, in black or white by the cell's own luminance (seaborn's own choice greys out middle tones)."""
     mesh = ax.collections[0]
-    size = 6.0 if len(values) <= 12 else 4.8
     for row, col in np.argwhere(np.isfinite(values)):
         colour = legible_on(mesh.cmap(mesh.norm(values[row, col])))
         text = f"{values[row, col]:.2f}".replace("-0.00", "0.00")
-        ax.text(col + 0.5, row + 0.5, text, ha="center", va="center", fontsize=size, color=colour)
+        ax.text(col + 0.5, row + 0.5, text, ha="center", va="center", fontsize=_NUMBER_SIZE, color=colour)

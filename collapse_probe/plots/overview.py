@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from collapse_probe.errors import UsageError
 from collapse_probe.plots.families import mark_onset, onset_in_words, stream_in_words
 from collapse_probe.plots.panels import Panel, Track, bands_in_words, depth_axis, draw_panel
+from collapse_probe.plots.sizes import figure_width, narrow, small_print
 from collapse_probe.plots.style import key_below, new_figure, paper, say_undefined
 from collapse_probe.result import Analysis, Finding, Group, Stream
 
@@ -72,31 +73,33 @@ def overview(analysis: Analysis) -> tuple[Figure, NDArray[Any]]:
         raise UsageError("The analysis holds no layers, so there is nothing to plot.")
     panels = [panel for panel in PANELS if panel.defined(analysis.layers)]
     if not panels:
-        figure = new_figure(_WIDTH, 1.6)
+        figure = new_figure(figure_width(_WIDTH), 1.6)
         ax = figure.add_subplot()
         say_undefined(ax, "this analysis holds none of the readings shown here")
         return figure, np.array([ax], dtype=object)
     concerned = [finding for finding in analysis.findings if _shaded(finding, analysis)]
     names = [name for panel in panels for name in panel.lines]
-    small_print = [
+    below = [
         bands_in_words(analysis, names),
         *onset_in_words(analysis),
         *_shading_in_words(analysis, concerned),
         *_letters(analysis),
     ]
-    columns = min(_COLUMNS, len(panels))
+    columns = min(2 if narrow(figure_width(_WIDTH)) else _COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
-    height = _ROW * rows + 0.35 + 0.11 * len(small_print) + (0.2 if len(analysis.streams) > 1 else 0)
-    figure = new_figure(_WIDTH if columns > 1 else 4.4, height)
+    width = figure_width(_WIDTH if columns > 1 else 4.4)
+    lines = small_print(below, width)
+    height = _ROW * rows + 0.35 + 0.11 * len(lines) + (0.2 if len(analysis.streams) > 1 else 0)
+    figure = new_figure(width, height)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for ax in axes[len(panels) :]:
         ax.remove()
     for place, (ax, panel) in enumerate(zip(axes, panels, strict=False)):
         track = _track(analysis, panel, brackets=place < columns)
         draw_panel(ax, analysis, panel, track)
-        depth_axis(ax, track, numbers=place + columns >= len(panels), most=9)
+        depth_axis(ax, track, numbers=place + columns >= len(panels), most=9 if columns < 2 or width > 4 else 5)
         _shade(ax, analysis, concerned)
-    key_below(figure, small_print)
+    key_below(figure, lines)
     return figure, axes[: len(panels)]
 
 

@@ -15,6 +15,7 @@ from matplotlib.transforms import ScaledTranslation
 from numpy.typing import NDArray
 
 from collapse_probe.plots.select import Arrangement, column, spread
+from collapse_probe.plots.sizes import fold, room, text_width, upright
 from collapse_probe.plots.style import BLACK, BLUE, GREEN, VERMILION, bracket, thinned_ticks
 from collapse_probe.readings import FEATURES, READINGS
 from collapse_probe.result import Analysis
@@ -25,6 +26,7 @@ STYLES = ((BLACK, "o", "-"), (BLUE, "s", "--"), (VERMILION, "^", ":"), (GREEN, "
 #: Values that span more than this ratio are drawn on a logarithmic axis, where the panel allows it.
 _WIDE = 30
 _BRACKETS, _KEY = 14, 11  # points above the axes that they need
+_SAMPLE = 22  # points beside its name that a sample in the key needs
 
 
 @dataclass(frozen=True)
@@ -99,15 +101,14 @@ def draw_panel(ax: Axes, analysis: Analysis, panel: Panel, track: Track) -> None
         if name in names and name not in twins:
             label = "all: none has a high norm" if f"{name}_typical" in twins else panel.lines[name]
             _line(ax, table, track, name, label, place, small)
-    ax.set_ylabel(panel.ylabel)
+    ax.set_ylabel(upright(ax, panel.ylabel))
     _limits(ax, table, panel, names)
     if panel.adorn is not None:
         panel.adorn(ax, analysis, track)
     above = _BRACKETS if track.brackets else 0
     if len(panel.lines) > 1:
-        _key(ax, above)
-        above += _KEY
-    ax.set_title(panel.title, pad=4 + above, fontsize=8)
+        above += _KEY * _key(ax, above)
+    ax.set_title(fold(panel.title, room(ax), 8, "bold"), pad=4 + above, fontsize=8)
     ax.grid(visible=True)
     ax.set_axisbelow(True)
 
@@ -117,7 +118,7 @@ def depth_axis(ax: Axes, track: Track, numbers: bool = True, most: int = 16) -> 
     count = len(track.layers)
     ticks = thinned_ticks(count, most)
     ax.set_xticks(ticks, labels=[str(track.numbers[tick]) for tick in ticks] if numbers else [""] * len(ticks))
-    ax.set_xlabel(track.label if numbers else "")
+    ax.set_xlabel(fold(track.label, room(ax), 8) if numbers else "")
     ax.set_xlim(-0.5, count - 0.5)
     if track.brackets:
         bracket(ax, [(start - 0.5, stop - 0.5) for start, stop, _ in track.brackets], [b[2] for b in track.brackets])
@@ -195,11 +196,15 @@ def _whole(name: str) -> str:
     return name.removesuffix("_prefix").removesuffix("_patch")
 
 
-def _key(ax: Axes, above: float) -> None:
-    """Samples of the lines with their names, in a row between axes and title, clear of the data."""
+def _key(ax: Axes, above: float) -> int:
+    """Samples of the lines with their names, in a row between axes and title, clear of the data; in rows where one is
+    too narrow. Returns how many."""
     figure = cast(Figure, ax.figure)
+    _, names = ax.get_legend_handles_labels()
+    columns = 4 if sum(text_width(name, 7) + _SAMPLE / 72 for name in names) <= room(ax) else 1
     shift = ScaledTranslation(0, (above + 1) / 72, figure.dpi_scale_trans)
     ax.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), bbox_transform=ax.transAxes + shift, ncols=4, borderaxespad=0,
-        handlelength=1.8, handletextpad=0.4, columnspacing=1.0, borderpad=0, fontsize=7,
+        loc="lower left", bbox_to_anchor=(0, 1), bbox_transform=ax.transAxes + shift, ncols=columns, borderaxespad=0,
+        handlelength=1.8, handletextpad=0.4, columnspacing=1.0, borderpad=0, labelspacing=0.35, fontsize=7,
     )  # fmt: skip
+    return -(-len(names) // columns)

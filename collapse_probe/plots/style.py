@@ -21,6 +21,7 @@ from matplotlib.transforms import ScaledTranslation
 from numpy.typing import NDArray
 
 from collapse_probe.errors import UsageError
+from collapse_probe.plots.sizes import SMALL_PRINT, fold, room
 from collapse_probe.words import neutral
 
 _LOOK = "axes errorbar figure font grid hatch image legend lines mathtext patch path pdf savefig svg text xaxis xtick"
@@ -84,6 +85,13 @@ def render(figure: Figure, suffix: str = "png", dpi: float = PAPER["savefig.dpi"
     buffer = io.BytesIO()
     figure.savefig(buffer, format=suffix, dpi=dpi, metadata=_UNDATED.get(suffix))
     return buffer.getvalue()
+
+
+@paper()
+def settle(figure: Figure) -> None:
+    """Keep the layout that the first rendering has found: looking for it again takes longer than drawing."""
+    # Without an engine (not with "none", which leaves a placeholder) matplotlib also saves itself a rehearsal.
+    figure.set_layout_engine(None)
 
 
 class _PaperFigure(Figure):
@@ -167,7 +175,7 @@ def key_below(figure: Figure, lines: Sequence[str]) -> None:
     handles = [Line2D([], [], linestyle="none") for _ in lines]
     figure.legend(
         handles, list(lines), loc="outside lower left", handlelength=0, handletextpad=0, borderaxespad=0.4,
-        fontsize=6.5, labelspacing=0.25, labelcolor="0.25",
+        fontsize=SMALL_PRINT, labelspacing=0.25, labelcolor="0.25",
     )  # fmt: skip
 
 
@@ -175,7 +183,7 @@ def say_undefined(ax: Axes, why: str = "") -> None:
     """Write "not defined" where a picture would stand empty."""
     ax.set(facecolor="0.96", xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
-    text = "not defined" + (f"\n{why}" if why else "")
+    text = fold("not defined" + (f"\n{why}" if why else ""), room(ax), 8)
     ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color="0.25")
 
 

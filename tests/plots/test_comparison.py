@@ -54,7 +54,9 @@ def test_each_panel_shows_each_analysis_under_its_label() -> None:
     for ax in axes:
         lines = {line.get_label(): line for line in ax.lines}
         for label, analysis in sides.items():
-            assert_allclose(lines[label].get_ydata(), analysis.layers[titles[ax.get_title(loc="left")]])
+            assert_allclose(
+                lines[label].get_ydata(), analysis.layers[titles[ax.get_title(loc="left").replace("\n", " ")]]
+            )
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["first", "second"]
     looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in axes[0].lines[:2]}
     assert all(len(set(values)) == 2 for values in zip(*looks, strict=True))  # not by colour alone

@@ -28,10 +28,10 @@ def test_the_reference_is_up_to_date(name: str) -> None:
 
 def test_it_covers_what_is_public() -> None:
     import collapse_probe
-    from collapse_probe import metrics, plots
+    from collapse_probe import conditions, metrics, plots
 
     text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    for name in (*collapse_probe.__all__, *metrics.__all__, *plots.__all__):
+    for name in (*collapse_probe.__all__, *metrics.__all__, *plots.__all__, *conditions.__all__):
         assert f"### {name}\n" in text or f".{name}" in text, name
     commands = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
     for name in ("analyze", "compare", "inspect", "merge", "metrics", "look", "models", "report", "track"):

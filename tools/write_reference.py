@@ -23,9 +23,14 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 #: Modules whose public names are documented, in reading order.
 MODULES = [
-    f"collapse_probe{name}"
-    for name in ("", ".capture", ".metrics", ".metrics.functional", ".plots", ".report", ".models", ".errors")
-]
+    "collapse_probe",
+    *(
+        f"collapse_probe.{name}"
+        for name in (
+            "capture", "metrics", "metrics.functional", "plots", "report", "conditions", "models", "errors",
+        )
+    ),
+]  # fmt: skip
 
 
 _ORIGIN = "Written by `tools/write_reference.py` from {}."

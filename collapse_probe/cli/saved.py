@@ -22,10 +22,13 @@ def saved(folder: str) -> Analysis:
     from collapse_probe.result import Analysis
 
     path = Path(folder)
-    if path.is_file():
-        raise UsageError(f"{folder} is a file. Give the folder that analyze --out or merge --out wrote.")
-    if not (path / "analysis.json").exists():
-        _check_others(path)
+    try:
+        if path.is_file():
+            raise UsageError(f"{folder} is a file. Give the folder that analyze --out or merge --out wrote.")
+        if not (path / "analysis.json").exists():
+            _check_others(path)
+    except OSError as error:
+        raise DamagedFileError(f"{folder:.200} cannot be read: {error.strerror or error}.") from None
     return Analysis.load(path)
 
 

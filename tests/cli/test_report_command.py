@@ -180,6 +180,10 @@ def test_what_is_no_saved_analysis(tmp_path, make, code, sentence):
     assert sentence in done.stderr
 
 
+def test_a_name_that_no_folder_can_have():
+    assert "cannot be read: File name too long" in report("x" * 300, code=3).stderr
+
+
 def test_an_interrupted_run_can_be_looked_at_and_not_judged(tmp_path):
     analysis = make_analysis()
     analysis.provenance["complete"] = False

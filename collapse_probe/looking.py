@@ -23,7 +23,7 @@ from collapse_probe.errors import CaptureError, ImagesError, ResourceError, Usag
 from collapse_probe.loading import as_seen, data_config, read_image
 from collapse_probe.look import LayerLook, Look
 from collapse_probe.metrics.functional import cross_layer_similarity
-from collapse_probe.networks import chosen_device, open_model, prepared
+from collapse_probe.networks import device_of, open_model, prepared
 from collapse_probe.options import check_preprocessing
 
 #: Bytes that the maps of a look may take.
@@ -105,7 +105,7 @@ crop_pct, interpolation, seed, device: as for `analyze`.
     )  # fmt: skip
     config = data_config(network, mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation, img_size=img_size)
     pixels, picture = _opened(image, config, check=hasattr(network, "pretrained_cfg"))
-    target = chosen_device(device, network if given else None)
+    target = device_of(device, network if given else None)
     try:
         with prepared(network, target), torch.inference_mode():
             captured = _captured(network, pixels.to(target))

@@ -22,6 +22,7 @@ from collapse_probe.loading import open_images
 from collapse_probe.metrics.functional import linear_cka
 from collapse_probe.report import render_comparison
 from tests.analysis_factory import make_analysis, make_full, two_groups
+from tests.plots.legibility import faults
 from tests.shared_data import shared_data
 
 DATA = shared_data()
@@ -252,6 +253,15 @@ def test_figures_of_a_comparison(compared: Comparison) -> None:
     assert {label.get_text() for label in ax.get_yticklabels()} >= {"Head diversity", "Attention entropy"}
     with pytest.raises(UsageError, match="where='nowhere'"):
         plots.differences(compared, where="nowhere")
+
+
+@pytest.mark.parametrize("width", [None, "one-column", "two-column"])
+def test_figures_of_a_comparison_can_be_read(compared: Comparison, width: str | None) -> None:
+    with plots.figure_style(width):
+        figures = [plots.cross_similarity(compared.cross[1])[0], plots.differences(compared)[0]]
+    for figure in figures:
+        figure.set_dpi(150)
+        assert not faults(figure), faults(figure)
 
 
 def test_the_page_says_what_sets_them_apart(compared: Comparison) -> None:

@@ -8,7 +8,8 @@ chosen with :func:`figure_style`.
 
 Figures of one axes draw on the caller's `ax`, those of several on an array of them. Where the number of panels depends
 on what there is to show (`overview`, the families `across_layers`, `heads`, `entropy_and_rank`, `where_attention_goes`,
-`tokens` and `norms_and_branches`, `curves_compared`, and all pictures of a look) they lay out a figure of their own.
+`tokens` and `norms_and_branches`, `curves_compared`, `cross_similarity`, and all pictures of a look) they lay out a
+figure of their own.
 """
 
 from __future__ import annotations

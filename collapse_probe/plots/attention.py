@@ -39,7 +39,7 @@ def attention_over_image(
     """Where a query looks: a row for each layer, and in it the mean over heads and single heads.
 
     Args:
-        look: from :func:`~collapse_probe.looking.look_at`.
+        look: from :func:`~collapse_probe.look_at`.
         layers: numbers in execution order (negative ones count from the last), names or shell-style patterns; by
             default four, evenly spaced.
         heads: which; by default those that the look has kept of all these layers, as many as there is room for; with
@@ -142,7 +142,7 @@ def column_by_depth(
     Where attention collapses, the pictures repeat each other from some layer on, and the M below them is near 1.
 
     Args:
-        look: from :func:`~collapse_probe.looking.look_at`.
+        look: from :func:`~collapse_probe.look_at`.
         token: ``"class"``, a patch as (row, column), or a token's number; by default the patch in the middle.
         layers: by default all, or 13 of them, evenly spaced. M is with the layer before in the model, shown or not.
         head: one head's column and its M; by default the means of both over heads.

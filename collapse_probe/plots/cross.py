@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from collapse_probe.comparison import Comparison, Cross
 from collapse_probe.differences import ALL_BLOCKS
 from collapse_probe.errors import UsageError
+from collapse_probe.plots.matrices import colour_bar, side_of
 from collapse_probe.plots.panels import STYLES
+from collapse_probe.plots.sizes import figure_width, fold, narrow, room, set_title
 from collapse_probe.plots.style import (
     as_written,
     colour_scale,
@@ -36,6 +38,9 @@ BETWEEN = {
 #: Readings that say the same as another one in other units, or nearly.
 _REPEATED = ("_typical", "_pixels", "_frobenius")
 
+#: Inches for the names of readings beside their differences: in a figure of one column, in others.
+_NAMES = {True: 1.2, False: 2.0}
+
 #: Adjusted p below which a difference is called one.
 SIGNIFICANT = 0.05
 
@@ -50,27 +55,32 @@ def cross_similarity(cross: Cross) -> tuple[Figure, NDArray[Any]]:
     """
     shown = [name for name in BETWEEN if name in cross.matrices and np.isfinite(cross.matrices[name]).any()]
     if not shown:
-        figure, ax = single_axes(None, 4.6, 2.4)
+        figure, ax = single_axes(None, figure_width(4.6), 2.4)
         say_undefined(ax, "layers of these models cannot be compared")
         return figure, np.array([ax], dtype=object)
-    figure = new_figure(2.75 * len(shown) + 0.2, 2.75)
-    axes = figure.subplots(1, len(shown), squeeze=False).ravel()
+    width = figure_width(2.75 * len(shown) + 0.2)
+    columns = 1 if narrow(width) else len(shown)
+    rows = -(-len(shown) // columns)
+    each = width / columns
+    figure = new_figure(width, rows * (each + 0.6 if each < 2.75 else 2.75))
+    figure.set_layout_engine("compressed")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for ax, name in zip(axes, shown, strict=True):
         values = cross.matrices[name]
         title, label = BETWEEN[name]
-        ax.set_title(title)
+        ax.set_title(fold(title, room(ax), 9, "bold"))
         ax.set_box_aspect(1)
         ax.patch.set(facecolor="0.97", hatch="/////", edgecolor="0.7")
         scale = colour_scale(values, signed=name == "centred")
-        sns.heatmap(
-            values, ax=ax, **scale, xticklabels=False, yticklabels=False, cbar_kws={"label": label, "shrink": 0.8}
-        )
+        first, second = (fold(f"Block of {_short(name)}", side_of(ax), 8) for name in (cross.first, cross.second))
+        bar = colour_bar(ax, label, (scale["vmin"], scale["vmax"]))
+        sns.heatmap(values, ax=ax, **scale, xticklabels=False, yticklabels=False, cbar_kws=bar)
         rows, columns = values.shape
         ax.plot([0, columns], [0, rows], color="0.5", linestyle="--", linewidth=0.8)
         for axis, count in ((ax.xaxis, columns), (ax.yaxis, rows)):
             ticks = thinned_ticks(count, most=8)
             axis.set_ticks([tick + 0.5 for tick in ticks], labels=[str(tick) for tick in ticks], rotation=0)
-        ax.set(xlabel=f"Block of {_short(cross.second)}", ylabel=f"Block of {_short(cross.first)}")
+        ax.set(xlabel=second, ylabel=first)
     return figure, axes
 
 
@@ -98,7 +108,10 @@ def differences(comparison: Comparison, ax: Axes | None = None, *, where: str = 
     if not names:
         places = sorted({place for table in comparison.differences.values() for place in table["where"]})
         raise UsageError(f"No difference is known of where={where!r}; there are {places}.")
-    figure, ax = single_axes(ax, 4.8, 0.8 + 0.2 * len(names) + 0.15 * len(tables))
+    width = figure_width(4.8)
+    lines = 0.27 if narrow(width) else 0.2  # names of readings on two lines, or on one
+    figure, ax = single_axes(ax, width, 0.8 + lines * len(names) + 0.15 * len(tables))
+    beside = _NAMES[narrow(width)]
     height = {name: -place for place, name in enumerate(names)}
     for number, ((label, table), (colour, marker, _)) in enumerate(zip(tables.items(), STYLES, strict=False)):
         shift = 0.2 * (number - (len(tables) - 1) / 2)
@@ -117,12 +130,14 @@ def differences(comparison: Comparison, ax: Axes | None = None, *, where: str = 
                 label=as_written(label) if face == colour else "_open",
             )
     ax.axvline(0, color="0.4", linewidth=0.8, zorder=0)
-    ax.set_yticks(list(height.values()), labels=[READINGS[name].label for name in names], fontsize=6.5)
+    labels = [fold(READINGS[name].label, beside, 6.5) for name in names]
+    ax.set_yticks(list(height.values()), labels=labels, fontsize=6.5)
     ax.set_ylim(-len(names) + 0.4, 0.6)
     ax.grid(visible=True)
     ax.set_axisbelow(True)
-    ax.set_xlabel(f"Difference from {_short(comparison.reference)}\n(share of the larger of the two values)")
-    ax.set_title(f"Differences, {where}")
+    words = f"Difference from {_short(comparison.reference)}\n(share of the larger of the two values)"
+    ax.set_xlabel(fold(words, room(ax) - beside, 8))
+    set_title(ax, f"Differences, {where}")
     if len(tables) > 1:
         ax.legend(loc="best", fontsize=7)
     return figure, ax

@@ -106,7 +106,7 @@ def layer_similarity(
     lines = small_print(key, width)
     key_height = _KEY_LINE * (len(lines) + 2) if lines else 0.0
     figure, ax = single_axes(ax, width, width - 0.6 + key_height)
-    _draw(ax, shown, part, reading, annotate=72 * _side(ax) / len(shown.layers) >= _NUMBER)
+    _draw(ax, shown, part, reading, annotate=72 * side_of(ax) / len(shown.layers) >= _NUMBER)
     title = READINGS[reading][0] + _PART_WORDS[part]
     set_title(ax, title if shown.several else titled(title, analysis, shown.groups[0]), pad=title_pad(shown.several))
     if lines:
@@ -222,13 +222,13 @@ def _draw(ax: Axes, shown: Arrangement, part: str, reading: str, annotate: bool)
         square=True,
         xticklabels=False,
         yticklabels=False,
-        cbar_kws=_bar(ax, READINGS[reading][1], (scale["vmin"], scale["vmax"])),
+        cbar_kws=colour_bar(ax, READINGS[reading][1], (scale["vmin"], scale["vmax"])),
     )
-    label = fold(shown.label, _side(ax) - (_BRACKETS if shown.several else 0), 8)
+    label = fold(shown.label, side_of(ax) - (_BRACKETS if shown.several else 0), 8)
     ax.set(xlabel=label, ylabel=label)  # after seaborn, which clears them
     if annotate:
         _annotate(ax, values)
-    ticks = thinned_ticks(count, min(16, int(72 * _side(ax) / _TICK)))
+    ticks = thinned_ticks(count, min(16, int(72 * side_of(ax) / _TICK)))
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_ticks([tick + 0.5 for tick in ticks], labels=[str(shown.numbers[tick]) for tick in ticks], rotation=0)
     if shown.several:
@@ -236,12 +236,12 @@ def _draw(ax: Axes, shown: Arrangement, part: str, reading: str, annotate: bool)
     return None
 
 
-def _side(ax: Axes) -> float:
+def side_of(ax: Axes) -> float:
     """About how many inches wide the cells are together."""
     return share(ax) - _BESIDE_CELLS[share(ax) >= _BAR_BELOW]
 
 
-def _bar(ax: Axes, label: str, ends: tuple[float, float]) -> dict[str, Any]:
+def colour_bar(ax: Axes, label: str, ends: tuple[float, float]) -> dict[str, Any]:
     """Where a colour bar stands: beside the heatmap, or below a small one."""
     if share(ax) >= _BAR_BELOW:
         return {"label": label, "shrink": 0.8}

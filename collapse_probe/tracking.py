@@ -75,6 +75,8 @@ def track(
         ImagesError, OutputError, ResourceError: as :func:`collapse_probe.analyze`; what was measured before is kept.
         KeyboardInterrupt: as it came; what was measured before is kept.
     """
+    if isinstance(layers := options.get("layers", ()), Iterable):  # perhaps an iterator, for one checkpoint only
+        options["layers"] = [layers] if isinstance(layers, str) else list(layers)
     _check(options, images)
     folder = None if out is None else check_writable(out)
     sources = [checkpoints] if isinstance(checkpoints, (str, os.PathLike)) else list(checkpoints)
@@ -241,7 +243,6 @@ def _run(options: Mapping[str, Any], images: Any) -> dict[str, Any]:
         images, config={"input_size": (3, 1, 1)} if isinstance(images, (str, Path)) else {},
         num_samples=samples_of(images, given["num_samples"]), seed=given["seed"],
     )  # fmt: skip
-    given["layers"] = [given["layers"]] if isinstance(given["layers"], str) else list(given["layers"])
     free = FREE if given["until_se"] is None else FREE - {"batch_size"}  # by which a run may end earlier
     return {
         "version": importlib.metadata.version("collapse-probe"),

@@ -106,6 +106,11 @@ def test_a_unit_that_tells_them_apart_is_better():
     assert numbers(series) == ("number", [0, 100, 200, 300])
 
 
+def test_what_is_known_goes_before_what_is_guessed():
+    series = [clues("a", stated={"step": 5, "epoch": 1}), clues("b_10", {"number": 10}, {"epoch": 2})]
+    assert numbers(series) == ("epoch", [1, 2])
+
+
 def test_the_name_adds_what_the_content_does_not_state():
     series = [clues("a", {"step": 5}, {"epoch": 1}), clues("b", {"step": 10}, {"epoch": 1})]
     unit, placed = place(series)

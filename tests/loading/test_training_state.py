@@ -128,7 +128,9 @@ def test_what_is_not_there(run: Path) -> None:
 
 def test_a_folder_in_itself_ends(run: Path) -> None:
     (run / "steps" / "checkpoints").symlink_to(run / "steps")
-    assert len({path.resolve() for path in list_checkpoints([run / "steps"])}) == 2
+    found = list_checkpoints([run / "steps"])
+    assert len({path.resolve() for path in found}) == 2
+    assert len(found) <= 8
 
 
 def test_a_digest_tells_content_apart_and_nothing_else(tmp_path: Path, tiny: Build) -> None:

@@ -86,7 +86,7 @@ def label(value):
 
 @pytest.mark.parametrize(("name", "value", "said"), WRONG, ids=label)
 def test_from_python(monkeypatch, name, value, said):
-    monkeypatch.setattr("collapse_probe.analysis.load_model", None)  # too early for that
+    monkeypatch.setattr("collapse_probe.networks.load_model", None)  # too early for that
     monkeypatch.setattr("collapse_probe.analysis.open_images", None)
     with pytest.raises(UsageError) as caught:
         cp.measure("digits_vit_24b", torch.zeros(8, 3, 8, 8), **{name: value})
@@ -95,7 +95,7 @@ def test_from_python(monkeypatch, name, value, said):
 
 @pytest.mark.parametrize(("option", "value", "said"), TYPED, ids=label)
 def test_from_the_shell(monkeypatch, option, value, said):
-    monkeypatch.setattr("collapse_probe.analysis.load_model", None)
+    monkeypatch.setattr("collapse_probe.networks.load_model", None)
     done = CliRunner().invoke(app, ["analyze", "digits_vit_24b", f"{option}={value}"], env={"COLUMNS": "200"})
     assert done.exit_code == 2, (done.stderr, done.exception)
     assert said in done.stderr

@@ -335,6 +335,7 @@ def digits(tmp_path):
     return tmp_path / "digits"
 
 
+@pytest.mark.sweep
 def test_a_trained_model_is_right_about_digits_whether_by_one_process_or_two(digits):
     alone = cp.analyze("digits_vit_24b", digits, **FAST)
     assert alone.provenance["top1"]["labelled"] == 64

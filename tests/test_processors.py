@@ -163,6 +163,7 @@ print("end")
 """
 
 
+@pytest.mark.sweep
 def test_processes_that_decode_never_hold_up_the_end(pictures):
     done = subprocess.run([sys.executable, "-c", KEPT, pictures], capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout) == (0, "end\n"), done.stderr

@@ -257,6 +257,7 @@ def test_the_command_says_it_with_code_6(tmp_path, monkeypatch):
     assert done.stderr.startswith("Error: Out of memory")
 
 
+@pytest.mark.sweep
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs limits on address space as Linux keeps them")
 def test_memory_that_really_ends(tmp_path):
     code = """

@@ -52,8 +52,8 @@ def test_gcvit_asks_with_global_queries_in_every_second_block():
 @pytest.mark.parametrize(
     ("name", "windows"),
     [
-        ("nest_tiny", [16, 16, 4, 4] + [1] * 8),  # windows behind the heads
-        ("hiera_tiny_224", [49, 49, 49, 49] + [1] * 8),
+        pytest.param("nest_tiny", [16, 16, 4, 4] + [1] * 8, marks=pytest.mark.sweep),  # windows behind the heads
+        pytest.param("hiera_tiny_224", [49, 49, 49, 49] + [1] * 8, marks=pytest.mark.sweep),
         ("twins_svt_small", [64, 1, 16, 1] + [4, 1] * 5 + [1] * 4),  # windows and the whole image in turn
         ("mobilevit_xxs", [4] * 9),  # pixels at the same place of their 2 x 2 patches
         ("tnt_s_legacy_patch16_224", [196, 1] * 3),  # pixels within patches, then patches
@@ -72,7 +72,7 @@ def test_windows_of_an_image(name, windows):
     [
         ("xcit_nano_12_p8_224", ["channel"] * 12 + ["class"] * 2),
         ("edgenext_xx_small", ["channel"] * 3),
-        ("davit_tiny", ["window", "channel"] * 5 + ["token", "channel"]),
+        pytest.param("davit_tiny", ["window", "channel"] * 5 + ["token", "channel"], marks=pytest.mark.sweep),
         ("cait_xxs24_224", ["token"] * 4 + ["class"] * 2),
         ("vit_base_patch16_siglip_224", ["token"] * 2 + ["pooling"]),
         ("resnet50_clip", ["pooling"]),

@@ -74,6 +74,7 @@ def test_the_main_job(folder, tmp_path):
     assert not re.search(r"""(src|href)=["']?https?:""", report)
 
 
+@pytest.mark.sweep
 def test_safetensors_and_options_reach_the_result(folder, tmp_path):
     done = probe(
         "analyze", folder / "model.safetensors", "-m", "vit_tiny_patch16_224", *FLAGS,
@@ -98,6 +99,7 @@ def test_a_model_without_images_borrows_the_bundled_ones_and_says_so(folder):
     assert "No images given" not in done.stdout
 
 
+@pytest.mark.sweep
 def test_random_weights_only_on_request(folder):
     words = ["analyze", "vit_tiny_patch16_224", *FLAGS, "--images", folder / "pictures"]
     refused = probe(*words)
@@ -195,7 +197,7 @@ def test_interruption(folder, tmp_path, number, code):
     assert {path.name for path in (tmp_path / "run").glob("*")} <= {"partial"}
 
 
-@pytest.mark.parametrize(("reader", "code"), [("| true", 0), ("> /dev/full", 5)])
+@pytest.mark.parametrize(("reader", "code"), [("| true", 0), pytest.param("> /dev/full", 5, marks=pytest.mark.sweep)])
 def test_stdout_that_cannot_be_written(reader, code):
     command = f"{sys.executable} -m collapse_probe analyze -q {reader}; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=WIDE)

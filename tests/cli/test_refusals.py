@@ -107,6 +107,7 @@ def test_wrong_heads(tmp_path: Path) -> None:
              out=tmp_path / "run")  # fmt: skip
 
 
+@pytest.mark.sweep
 def test_bad_weights_on_request(tmp_path: Path) -> None:
     for make, code in ((files.zeros, "constant-weights"), (files.not_a_number, "non-finite")):
         arguments = ["analyze", str(make(tmp_path)), *NAMED, "--allow-bad-weights", "--out", str(tmp_path / "run")]

@@ -339,6 +339,7 @@ def german(tmp_path):
     return {**WIDE, "LC_ALL": "de_DE.UTF-8", "LOCPATH": str(tmp_path), "MATPLOTLIBRC": str(tmp_path / "matplotlibrc")}
 
 
+@pytest.mark.sweep
 @pytest.mark.skipif(shutil.which("localedef") is None, reason="this machine cannot make a German locale")
 def test_numbers_have_decimal_points_whatever_the_locale(tmp_path, german):
     asks = "import matplotlib, locale; print(locale.format_string('%.1f', 0.5))"

@@ -109,7 +109,7 @@ def files(folder):
 @pytest.mark.parametrize(
     ("number", "code", "ended", "more"),
     [
-        (signal.SIGINT, 130, "Interrupted.", ["-j", 2]),
+        pytest.param(signal.SIGINT, 130, "Interrupted.", ["-j", 2], marks=pytest.mark.sweep),
         pytest.param(signal.SIGTERM, 143, "Terminated.", ["--shard", "1/1", "-q"], marks=pytest.mark.sweep),
         pytest.param(signal.SIGTERM, 143, "Terminated.", ["-j", 2], marks=pytest.mark.sweep),
     ],
@@ -145,6 +145,7 @@ def test_interrupted_and_resumed(place, tmp_path, number, code, ended, more):
     assert_same(cp.Analysis.load(place / "whole"), cp.Analysis.load(out), atol=2e-5)
 
 
+@pytest.mark.sweep
 def test_an_earlier_result_is_not_touched(place, tmp_path):
     out = tmp_path / "run"
     cp.Analysis.load(place / "whole").save(out)

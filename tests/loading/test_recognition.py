@@ -228,7 +228,9 @@ def _openai_clip(width: int, depth: int, patch: int, side: int, text: int = 512)
 CLIPS = {"vit_base_patch32_clip_224": (768, 12, 32, 7), "vit_large_patch14_clip_336": (1024, 24, 14, 24, 768)}
 
 
-@pytest.mark.parametrize("name", CLIPS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.sweep if "large" in name else []) for name in CLIPS]
+)
 def test_openai_clip(name: str) -> None:
     """Both networks of that size: whether its GELU is the quick one does not show in weights."""
     found = recognise_architecture(_openai_clip(*CLIPS[name]))

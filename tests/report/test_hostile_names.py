@@ -106,6 +106,7 @@ def test_a_page_of_several_holds_none_either(analysis: Analysis) -> None:
     assert "\x1b" not in page
 
 
+@pytest.mark.sweep
 def test_figures_can_be_drawn_and_are_xml(analysis: Analysis, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # of characters that no font has

@@ -62,7 +62,10 @@ class Opened:
         return place[0], place[1]
 
 
-@pytest.mark.parametrize("make", [make_analysis, two_groups, hierarchy, lambda: make_analysis(1)])
+OTHERS = [two_groups, hierarchy, lambda: make_analysis(1)]
+
+
+@pytest.mark.parametrize("make", [make_analysis, *(pytest.param(make, marks=pytest.mark.sweep) for make in OTHERS)])
 @pytest.mark.parametrize("width", [1200, 390])
 def test_pages_load_without_trouble_or_requests(browser: Any, tmp_path: Path, make: Any, width: int) -> None:
     page = Opened(browser, make_full(make()), tmp_path, viewport={"width": width, "height": 800})
@@ -101,6 +104,7 @@ def test_a_click_shows_the_pair_by_head_and_token(browser: Any, tmp_path: Path) 
     page.tab.close()
 
 
+@pytest.mark.sweep
 def test_keys_and_lists_choose_as_the_mouse_does(browser: Any, tmp_path: Path) -> None:
     page = Opened(browser, make_analysis(), tmp_path)
     page.tab.select_option("#explorer-first", "3")
@@ -117,6 +121,7 @@ def test_keys_and_lists_choose_as_the_mouse_does(browser: Any, tmp_path: Path) -
     page.tab.close()
 
 
+@pytest.mark.sweep
 def test_readings_and_parts_are_switched(browser: Any, tmp_path: Path) -> None:
     analysis = make_full(make_analysis())
     page = Opened(browser, analysis, tmp_path)
@@ -135,6 +140,7 @@ def test_readings_and_parts_are_switched(browser: Any, tmp_path: Path) -> None:
     page.tab.close()
 
 
+@pytest.mark.sweep
 def test_layers_of_two_groups_are_not_compared(browser: Any, tmp_path: Path) -> None:
     page = Opened(browser, two_groups(), tmp_path)
     page.tab.select_option("#explorer-first", "2")
@@ -159,6 +165,7 @@ def test_names_from_outside_stay_text(browser: Any, tmp_path: Path) -> None:
     page.tab.close()
 
 
+@pytest.mark.sweep
 def test_the_dark_and_paper_have_colours_of_their_own(browser: Any, tmp_path: Path) -> None:
     page = Opened(browser, make_analysis(), tmp_path, color_scheme="dark")
 

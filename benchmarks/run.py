@@ -15,6 +15,7 @@ tokens, layers, heads and batch size beside it.
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import statistics
 from pathlib import Path
@@ -54,7 +55,8 @@ def machine(device: str, threads: int) -> str:
         return torch.cuda.get_device_name()
     names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
              if line.startswith("model name")]  # fmt: skip
-    return f"{threads} threads of {names[0] if names else platform.processor()} ({platform.machine()})"
+    pages = ", tensors on large pages" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else ""
+    return f"{threads} threads of {names[0] if names else platform.processor()} ({platform.machine()}){pages}"
 
 
 def table(setting: Setting, repeats: int) -> str:

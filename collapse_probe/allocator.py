@@ -1,8 +1,9 @@
-"""Memory that one batch frees and the next one needs again."""
+"""Memory of the CPU: what one batch frees is kept for the next one, and large tensors lie on large pages."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,15 @@ _ADAPTED = {_MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}
 
 #: Blocks up to the first size come from memory that is kept; of what is free, up to the second size is kept.
 _KEPT = {_MMAP_THRESHOLD: 256 << 20, _TRIM_THRESHOLD: 2**31 - 1}
+
+
+def large_pages() -> None:
+    """Ask PyTorch to put tensors of 2 MiB or more on pages of that size (Linux, where the kernel lets programs choose).
+
+    Passes get a few per cent faster, and memory has fewer holes, as blocks begin at multiples of a page. PyTorch looks
+    at the environment when it makes its first tensor; a choice of the user's own holds.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 @contextmanager

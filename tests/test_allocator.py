@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -46,3 +48,35 @@ def test_other_c_libraries_are_left_alone(monkeypatch):
     monkeypatch.setattr(allocator.ctypes, "CDLL", lambda *_: pytest.fail("loaded a C library"))
     with allocator.kept_memory():
         pass
+
+
+_TENSOR = """
+import sys
+from collapse_probe.allocator import large_pages
+
+if "large" in sys.argv:
+    large_pages()
+import torch
+
+block = torch.ones(64 << 20, dtype=torch.uint8)
+words = open("/proc/self/smaps_rollup").read().split()
+print(int(words[words.index("AnonHugePages:") + 1]) >> 10)
+"""
+
+
+def _on_large_pages(*words, **environment):
+    """MiB of a process with a tensor of 64 MiB that lie on large pages."""
+    own = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    command = [sys.executable, "-c", _TENSOR, *words]
+    return int(subprocess.run(command, env=own | environment, capture_output=True, text=True, check=True).stdout)
+
+
+def test_large_tensors_lie_on_large_pages_unless_the_user_says_otherwise():
+    choice = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not choice.exists() or "[madvise]" not in choice.read_text():
+        pytest.skip("the kernel does not let programs choose large pages")
+    assert _on_large_pages() < 16
+    if _on_large_pages(THP_MEM_ALLOC_ENABLE="1") < 60:
+        pytest.skip("this PyTorch or this kernel has no large pages to give")
+    assert _on_large_pages("large") >= 60
+    assert _on_large_pages("large", THP_MEM_ALLOC_ENABLE="0") < 16

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from collapse_probe.allocator import large_pages
 from collapse_probe.cli.analyze import analyze
 from collapse_probe.cli.compare import compare
 from collapse_probe.cli.inspect import inspect
@@ -59,6 +60,7 @@ def _common(
 def main() -> None:
     """Entry point of the console script."""
     signal.signal(signal.SIGTERM, _terminated)
+    large_pages()
     app()
 
 

@@ -351,6 +351,7 @@ def test_a_trained_model_is_right_about_digits_whether_by_one_process_or_two(dig
     assert "labelled images (10 class folders in sorted order)" in done.stdout
 
 
+@pytest.mark.sweep
 @pytest.mark.skipif(shared_data() is None, reason="the development data are absent")
 def test_a_trained_model_on_photographs_and_with_wrong_preprocessing():
     data = shared_data()

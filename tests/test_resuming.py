@@ -92,7 +92,9 @@ RUNS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", RUNS)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.sweep if case in ("some layers", "windows") else []) for case in RUNS]
+)
 def test_cut_at_every_batch(tmp_path, case):
     make, images, options = RUNS[case]
     model = make()

@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from _zoo import quick
-from test_zoo import QUICK
+from test_zoo import FAMILIES, QUICK
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -91,16 +91,7 @@ def hooked(model, pattern, call):
     return seen
 
 
-#: Families whose blocks are built as those of others are, and that take seconds.
-_SLOW = {
-    "nest_tiny", "davit_tiny", "hiera_tiny_224", "xcit_nano_12_p8_224", "swinv2_tiny_window8_256", "gcvit_xxtiny",
-    "resnet50_clip", "crossvit_tiny_240", "convit_tiny",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.sweep if name in _SLOW else []) for name in QUICK]
-)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_features_of_a_family(name):
     if not timm.is_model(name):
         pytest.skip(f"this version of timm has no {name}")

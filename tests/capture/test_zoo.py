@@ -21,6 +21,13 @@ QUICK = (
     "mobilevitv2_050", "gcresnext26ts", "efficientvim_m1", "csatv2",
 )  # fmt: skip
 
+#: Those that take seconds wait for the long tests.
+_SLOW = {
+    "nest_tiny", "davit_tiny", "hiera_tiny_224", "xcit_nano_12_p8_224", "swinv2_tiny_window8_256", "gcvit_xxtiny",
+    "resnet50_clip", "crossvit_tiny_240", "convit_tiny",
+}  # fmt: skip
+FAMILIES = [pytest.param(name, marks=pytest.mark.sweep if name in _SLOW else []) for name in QUICK]
+
 #: Products that are named instead of captured, and the word that names them.
 NAMED = {"csatv2": (14, "across images"), "efficientvim_m1": (6, "a gate"), "efficientvim_m1_dist": (6, "a gate")}
 
@@ -57,7 +64,7 @@ def check(name, model, images, mode, graph=None):
     assert proof.named == count + found.gates
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_map_of_a_family_is_captured_or_named(name):
     model, images = quick(name)
     check(name, model, images, "no_grad")

@@ -175,7 +175,9 @@ def test_bad_input_ends_with_a_sentence_and_its_code(strange, monkeypatch, words
     assert set(strange.rglob("*")) == before  # nothing half-written, and the canary was not made
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.sweep)]
+)
 def test_interruption(folder, tmp_path, number, code):
     picture = (folder / "pictures" / "class0" / "0.png").read_bytes()
     many = tmp_path / "many"  # more than any machine gets through before the signal comes
@@ -197,7 +199,8 @@ def test_interruption(folder, tmp_path, number, code):
     assert {path.name for path in (tmp_path / "run").glob("*")} <= {"partial"}
 
 
-@pytest.mark.parametrize(("reader", "code"), [("| true", 0), pytest.param("> /dev/full", 5, marks=pytest.mark.sweep)])
+@pytest.mark.sweep
+@pytest.mark.parametrize(("reader", "code"), [("| true", 0), ("> /dev/full", 5)])
 def test_stdout_that_cannot_be_written(reader, code):
     command = f"{sys.executable} -m collapse_probe analyze -q {reader}; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=WIDE)

@@ -192,6 +192,7 @@ def assert_undisturbed(place, out):
     assert not (out / "partial").exists()
 
 
+@pytest.mark.sweep
 def test_killed_and_resumed(place, tmp_path):
     killed_until_done(place, tmp_path / "run", 1, lambda: 0.1)
     assert_undisturbed(place, tmp_path / "run")

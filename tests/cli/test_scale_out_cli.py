@@ -170,6 +170,7 @@ def test_merge_into_a_shard_or_over_an_older_result(shards, tmp_path):
     assert {"shard.json", "sums.npz", "analysis.json", "arrays.npz"} <= listing(folders[0])
 
 
+@pytest.mark.sweep
 def test_merge_needs_no_model_library(shards):
     """Nor does it run a model: there is none that it could run."""
     code = (

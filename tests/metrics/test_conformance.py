@@ -575,6 +575,7 @@ def measured_by_ranks(tmp_path_factory):
     return [pickle.loads(rank.read_bytes()) for rank in ranks], done.stderr[-3000:]
 
 
+@pytest.mark.sweep
 @every_case
 @pytest.mark.parametrize("size", SHARDS)
 def test_processes_agree(case, size, measured_by_ranks):

@@ -68,7 +68,7 @@ def layers_for(count, dim, dtype):
     ("count", "dim", "dtype", "architecture"),
     [
         (12, 64, torch.bfloat16, 80),
-        (12, 64, torch.bfloat16, 90),
+        pytest.param(12, 64, torch.bfloat16, 90, marks=pytest.mark.sweep),
         (24, 80, torch.float32, 80),
         (40, 64, torch.float16, 90),
     ],

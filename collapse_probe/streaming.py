@@ -259,7 +259,9 @@ class Run:
         dtype = next((item.dtype for item in model.parameters() if item.is_floating_point()), torch.float32)
         try:
             images = _moved(batch.images, self.device, dtype)
-            with torch.inference_mode(), self._autocast():
+            # Without gradients, but not in inference mode: there, composite operators reach the capture whole, and are
+            # taken apart in Python.
+            with torch.no_grad(), self._autocast():
                 with capture(model, not self.images and self.options.verify, self._wants_features) as captured:
                     output = model(images)
                 if not self._turned and len(images) > 1:

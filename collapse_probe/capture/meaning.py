@@ -7,6 +7,7 @@ no row where its maps are of kind ``"token"``, ``"class"`` or ``"window"`` with 
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -132,7 +133,11 @@ def kind(sighting: Sighting, running: Sequence[Running]) -> str:
 
 
 def _rows(module: nn.Module) -> list[Meaning]:
-    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    return _rows_of(f"{type(module).__module__}.{type(module).__qualname__}")
+
+
+@functools.cache
+def _rows_of(name: str) -> list[Meaning]:
     return [row for key, row in MEANINGS.items() if name.endswith(f".{key}")]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -55,19 +56,26 @@ def as_number(value: Any) -> float | None:
 
 def arrives_whole(func: Any, args: tuple[Any, ...]) -> bool:
     """Whether this operator is only a sum of others on this device, so that its parts can be seen one by one."""
+    if not _has_parts(func):
+        return False
     tensors = [tensor for argument in args for tensor in tensors_in(argument)]
     if not tensors or any(tensor.is_nested or tensor.layout is not torch.strided for tensor in tensors):
         return False
     tensor = tensors[0]
     key = (func, tensor.device.type)
     if key not in _COMPOSITE:
-        has = torch._C._dispatch_has_kernel_for_dispatch_key
-        try:
-            own = has(func.name(), _BACKENDS.get(tensor.device.type, tensor.device.type.upper()))
-            _COMPOSITE[key] = has(func.name(), "CompositeImplicitAutograd") and not own
-        except RuntimeError:  # operators that the dispatcher does not know, such as those of fake tensors
-            _COMPOSITE[key] = False
+        backend = _BACKENDS.get(tensor.device.type, tensor.device.type.upper())
+        _COMPOSITE[key] = not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), backend)
     return _COMPOSITE[key]
+
+
+@functools.cache
+def _has_parts(func: Any) -> bool:
+    """Whether PyTorch has this operator written as a sum of others, for devices that have no kernel of their own."""
+    try:
+        return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
+    except RuntimeError:  # operators that the dispatcher does not know, such as those of fake tensors
+        return False
 
 
 def run_parts(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -64,11 +64,17 @@ def whole_suite(metrics: str, model: nn.Module, batches: Batches) -> None:
     readings([run.partial()])
 
 
-def suite(metrics: str, model: nn.Module, batches: Batches) -> float:
+def suite(
+    metrics: str,
+    model: nn.Module,
+    batches: Batches,
+    watched: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+) -> float:
     """The batches as later ones of an analysis with these metrics; returns the seconds that they took.
 
     Not counted is what happens once, however many images follow: the first images, on which the model is checked, which
-    are all compared with each other and for which memory is fetched from the system, and readings from sums.
+    are all compared with each other and for which memory is fetched from the system, and readings from sums. The
+    last batch runs within `watched()`.
     """
     run = Run(Options(metrics=metrics), batches[0].device, None, None)
     begun = 0.0
@@ -79,9 +85,12 @@ def suite(metrics: str, model: nn.Module, batches: Batches) -> float:
         if batches[0].is_cuda:
             torch.cuda.synchronize()
         begun, start = time.perf_counter(), BLOCK * PAIRED_BLOCKS
-        for batch in batches:
+        *early, last = batches
+        for batch in early:
             yield _numbered(batch, start)
             start += len(batch)
+        with watched():
+            yield _numbered(last, start)
 
     run.through(model, numbered())
     if batches[0].is_cuda:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +18,9 @@ from collapse_probe.capture import capture
 from collapse_probe.capture.attention_map import AttentionMap, QueryKey
 from collapse_probe.metrics import CrossLayerSimilarity
 from collapse_probe.metrics.layer_kernels import Floors, floors
+
+#: Environment variable that has PyTorch put tensors on large pages, as the command line does.
+LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,25 @@ def seconds_per_image(
 def _wait(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def seconds_apart(setting: Setting, repeats: int) -> list[float]:
+    """Of plain passes in a process that holds nothing else, with PyTorch's and the C library's usual memory: here, what
+    an analysis has set up for memory makes plain passes faster, too."""
+    before = os.environ.get(LARGE_PAGES)
+    os.environ[LARGE_PAGES] = "0"
+    try:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            return pool.apply(_apart, (setting, repeats))
+    finally:
+        os.environ.pop(LARGE_PAGES)
+        if before is not None:
+            os.environ[LARGE_PAGES] = before
+
+
+def _apart(setting: Setting, repeats: int) -> list[float]:
+    torch.set_num_threads(setting.threads)
+    return seconds_per_image(setting, {PLAIN: chosen(setting.model)[PLAIN]}, repeats)[PLAIN]
 
 
 def peak_memory(setting: Setting, label: str, limit: int | None) -> int:

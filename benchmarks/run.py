@@ -3,6 +3,7 @@
     python benchmarks/run.py --suite cpu            # about an hour on two cores
     python benchmarks/run.py --suite gpu --out benchmarks/results
     python benchmarks/run.py --suite cpu --models vit_tiny_patch16_224 --repeats 3
+    THP_MEM_ALLOC_ENABLE=1 python benchmarks/run.py # tensors on large pages, as at the command line
 
 All contenders run on the same images in the same process, in turn, `repeats` times; printed are medians with their
 spread and ratios to the plain fused forward pass of the same run, memory above that pass, the largest difference of M
@@ -23,7 +24,17 @@ from pathlib import Path
 import timm
 import torch
 from contenders import PLAIN, chosen
-from measuring import Setting, in_words, largest_error, least, peak_memory, seconds_per_image, speeds
+from measuring import (
+    LARGE_PAGES,
+    Setting,
+    in_words,
+    largest_error,
+    least,
+    peak_memory,
+    seconds_apart,
+    seconds_per_image,
+    speeds,
+)
 from scaling import draw, measure
 
 #: Model, pixels, images and batch of each row of a suite.
@@ -55,7 +66,7 @@ def machine(device: str, threads: int) -> str:
         return torch.cuda.get_device_name()
     names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
              if line.startswith("model name")]  # fmt: skip
-    pages = ", tensors on large pages" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else ""
+    pages = ", tensors on large pages" if os.environ.get(LARGE_PAGES) == "1" else ""
     return f"{threads} threads of {names[0] if names else platform.processor()} ({platform.machine()}){pages}"
 
 
@@ -75,6 +86,12 @@ def table(setting: Setting, repeats: int) -> str:
         memory = 0 if label == PLAIN else (peak_memory(setting, label, limit) - lowest[limit]) / 2**20
         ratio = statistics.median(seconds) / base
         lines.append(f"  {label:38}{middle:10.1f}{spread:>20}{ratio:8.2f}{memory:11.0f} MiB")
+    if setting.device == "cpu":
+        apart = seconds_apart(setting, 1 if long else repeats)
+        middle, spread = in_words(apart)
+        lines.append(
+            f"  {'plain, in a process of its own':38}{middle:10.1f}{spread:>20}{statistics.median(apart) / base:8.2f}"
+        )
     lines.append(f"  largest difference of M from float64: {largest_error(setting):.1e}")
     own = 1000 * (statistics.median(times["M and its parts"]) - statistics.median(times["capture only"]))
     lines += [f"  {line}" for line in distance(setting, own)]

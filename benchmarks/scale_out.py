@@ -23,6 +23,8 @@ import torch
 from PIL import Image
 from run import machine
 
+from collapse_probe.allocator import large_pages
+
 VALIDATION = 50_000  # images in ImageNet-1k's validation set
 ROWS = [("vit_tiny_patch16_224", "cross_layer_similarity"), ("vit_tiny_patch16_224", "fast"),
         ("vit_base_patch16_224", "cross_layer_similarity"), ("vit_base_patch16_224", "fast")]  # fmt: skip
@@ -92,6 +94,7 @@ def main() -> None:
     if options.work:
         model, metrics, images, batch = options.work
         return work(model, metrics, images, int(batch))
+    large_pages()  # as the command line does; the processes inherit it
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lines: list[str] = []
 

@@ -44,7 +44,7 @@ def plain(model: nn.Module, batches: Batches) -> None:
 def capture_only(model: nn.Module, batches: Batches) -> float:
     """Queries and keys are kept, as an analysis keeps them, and nothing is computed from them; as in :func:`suite`,
     a batch goes before those that count."""
-    with torch.inference_mode(), kept_memory():
+    with torch.no_grad(), kept_memory():
         begun = 0.0
         for number, batch in enumerate([batches[0], *batches]):
             if number == 1:
@@ -111,7 +111,12 @@ def extracted(model: nn.Module, batches: Batches) -> None:
             maps = list(extract(batch).values())
             for one, other in itertools.product(maps, maps):
                 total += cosine_similarity(one, other, dim=-2).mean()
-    for module in model.modules():  # AttentionExtract keeps no handles to its hooks
+    _unhook(model)
+
+
+def _unhook(model: nn.Module) -> None:
+    """Neither timm's nor torch-cka's hooks go when they have done their work; the model is used by others after."""
+    for module in model.modules():
         module._forward_hooks.clear()
 
 
@@ -138,6 +143,7 @@ def torch_cka(model: nn.Module, batches: Batches) -> None:
         warnings.simplefilter("ignore")
         device = str(batches[0].device)
         CKA(model, model, model1_layers=names, model2_layers=names, device=device).compare(loader)
+    _unhook(model)
 
 
 @dataclass(frozen=True)

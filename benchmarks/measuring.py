@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -18,9 +17,6 @@ from collapse_probe.capture import capture
 from collapse_probe.capture.attention_map import AttentionMap, QueryKey
 from collapse_probe.metrics import CrossLayerSimilarity
 from collapse_probe.metrics.layer_kernels import Floors, floors
-
-#: Environment variable that has PyTorch put tensors on large pages, as the command line does.
-LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 
 
 @dataclass(frozen=True)
@@ -45,13 +41,11 @@ class Setting:
         return contender.build(self.model).to(self.device, getattr(torch, self.dtype))
 
 
-def seconds_per_image(
-    setting: Setting, contenders: dict[str, Contender], repeats: int, rehearsals: int = 1
-) -> dict[str, list[float]]:
-    """Of every contender, in turn, so that a slow minute hits all of them; the first rounds may be rehearsals."""
+def seconds_per_image(setting: Setting, contenders: dict[str, Contender], repeats: int) -> dict[str, list[float]]:
+    """Of every contender, in turn, so that a slow minute hits all of them."""
     models: dict[object, nn.Module] = {}
     times: dict[str, list[float]] = {label: [] for label in contenders}
-    for repeat in range(rehearsals + repeats):
+    for _ in range(repeats):
         for label, contender in contenders.items():
             key = getattr(contender.build, "keywords", contender.build)
             model = models.setdefault(str(key), setting.build(contender))
@@ -61,8 +55,7 @@ def seconds_per_image(
             counted = contender.run(model, batches)
             _wait(setting.device)
             seconds = counted or time.perf_counter() - start
-            if repeat >= rehearsals:
-                times[label].append(seconds / sum(map(len, batches)))
+            times[label].append(seconds / sum(map(len, batches)))
     return times
 
 
@@ -71,23 +64,32 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def seconds_apart(setting: Setting, repeats: int) -> list[float]:
-    """Of plain passes in a process that holds nothing else, with PyTorch's and the C library's usual memory: here, what
-    an analysis has set up for memory makes plain passes faster, too."""
-    before = os.environ.get(LARGE_PAGES)
-    os.environ[LARGE_PAGES] = "0"
-    try:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            return pool.apply(_apart, (setting, repeats))
-    finally:
-        os.environ.pop(LARGE_PAGES)
-        if before is not None:
-            os.environ[LARGE_PAGES] = before
+@dataclass(frozen=True)
+class Apart:
+    """What a contender took in a process of its own: what others leave of memory makes it slower, or faster.
+
+    Attributes:
+        seconds: per image.
+        plain: seconds per image of plain passes in turn with it, in the same process.
+        peak: of memory in bytes, see :func:`peak_memory`.
+    """
+
+    seconds: list[float]
+    plain: list[float]
+    peak: int
 
 
-def _apart(setting: Setting, repeats: int) -> list[float]:
-    torch.set_num_threads(setting.threads)
-    return seconds_per_image(setting, {PLAIN: chosen(setting.model)[PLAIN]}, repeats)[PLAIN]
+def apart(setting: Setting, label: str, repeats: int) -> Apart:
+    """Measure a contender in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_apart, (setting, label, repeats))
+
+
+def _apart(setting: Setting, label: str, repeats: int) -> Apart:
+    contenders = chosen(setting.model)
+    peak = _peak(setting, label, contenders[label].images)  # this is the rehearsal
+    times = seconds_per_image(setting, {name: contenders[name] for name in (PLAIN, label)}, repeats)
+    return Apart(times[label], times[PLAIN], peak)
 
 
 def peak_memory(setting: Setting, label: str, limit: int | None) -> int:

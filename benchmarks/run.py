@@ -3,14 +3,13 @@
     python benchmarks/run.py --suite cpu            # about an hour on two cores
     python benchmarks/run.py --suite gpu --out benchmarks/results
     python benchmarks/run.py --suite cpu --models vit_tiny_patch16_224 --repeats 3
-    THP_MEM_ALLOC_ENABLE=1 python benchmarks/run.py # tensors on large pages, as at the command line
 
-All contenders run on the same images in the same process, in turn, `repeats` times; printed are medians with their
-spread and ratios to the plain fused forward pass of the same run, memory above that pass, the largest difference of M
-from a float64 reference, and the distance to the least that M can cost. Of an analysis only images count that come
-after the first 64; what happens once, and comparing the first 64 images with each other, is in the curve over the
-number of images. What is printed is also written to `--out`, with the machine's name, and the curves over images,
-tokens, layers, heads and batch size beside it.
+Each contender has a process of its own, where it and plain fused forward passes take turns on the same images,
+`repeats` times; printed are medians with their spread, the ratio to the plain passes beside it, memory above such a
+pass, the largest difference of M from a float64 reference, and the distance to the least that M can cost. Of an
+analysis only images count that come after the first 64; what happens once, and comparing the first 64 images with each
+other, is in the curve over the number of images. What is printed is also written to `--out`, with the machine's name,
+and the curves over images, tokens, layers, heads and batch size beside it.
 """
 
 from __future__ import annotations
@@ -24,18 +23,10 @@ from pathlib import Path
 import timm
 import torch
 from contenders import PLAIN, chosen
-from measuring import (
-    LARGE_PAGES,
-    Setting,
-    in_words,
-    largest_error,
-    least,
-    peak_memory,
-    seconds_apart,
-    seconds_per_image,
-    speeds,
-)
+from measuring import Setting, apart, in_words, largest_error, least, peak_memory, speeds
 from scaling import draw, measure
+
+from collapse_probe.allocator import large_pages
 
 #: Model, pixels, images and batch of each row of a suite.
 SUITES = {
@@ -66,34 +57,28 @@ def machine(device: str, threads: int) -> str:
         return torch.cuda.get_device_name()
     names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
              if line.startswith("model name")]  # fmt: skip
-    pages = ", tensors on large pages" if os.environ.get(LARGE_PAGES) == "1" else ""
+    pages = ", tensors on large pages" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else ""
     return f"{threads} threads of {names[0] if names else platform.processor()} ({platform.machine()}){pages}"
 
 
 def table(setting: Setting, repeats: int) -> str:
-    """All contenders on one model; passes that take many seconds need no rehearsal, and fewer of them do."""
-    contenders, long = chosen(setting.model), setting.size >= 500
-    times = seconds_per_image(setting, contenders, -(-repeats // 2) if long else repeats, 0 if long else 1)
-    base = statistics.median(times[PLAIN])
-    lowest = {limit: peak_memory(setting, PLAIN, limit) for limit in {item.images for item in contenders.values()}}
+    """All contenders on one model; of passes that take many seconds, fewer do."""
+    contenders = chosen(setting.model)
+    repeats = -(-repeats // 2) if setting.size >= 500 else repeats
     lines = [
         f"{setting.model}: {setting.images} images of {setting.size} px in batches of {setting.batch}, {setting.dtype}",
-        f"{'':40}{'ms/image':>10}{'min..max':>20}{'ratio':>8}{'extra memory':>15}",
+        f"{'':40}{'ms/image':>10}{'min..max':>20}{'plain beside it':>18}{'ratio':>8}{'extra memory':>15}",
     ]
-    for label, seconds in times.items():
-        middle, spread = in_words(seconds)
-        limit = contenders[label].images
-        memory = 0 if label == PLAIN else (peak_memory(setting, label, limit) - lowest[limit]) / 2**20
-        ratio = statistics.median(seconds) / base
-        lines.append(f"  {label:38}{middle:10.1f}{spread:>20}{ratio:8.2f}{memory:11.0f} MiB")
-    if setting.device == "cpu":
-        apart = seconds_apart(setting, 1 if long else repeats)
-        middle, spread = in_words(apart)
-        lines.append(
-            f"  {'plain, in a process of its own':38}{middle:10.1f}{spread:>20}{statistics.median(apart) / base:8.2f}"
-        )
+    found = {label: apart(setting, label, repeats) for label in contenders}
+    lowest = {limit: peak_memory(setting, PLAIN, limit) for limit in {item.images for item in contenders.values()}}
+    for label, item in found.items():
+        (middle, spread), (base, _) = in_words(item.seconds), in_words(item.plain)
+        memory = 0 if label == PLAIN else (item.peak - lowest[contenders[label].images]) / 2**20
+        ratio = statistics.median(item.seconds) / statistics.median(item.plain)
+        lines.append(f"  {label:38}{middle:10.1f}{spread:>20}{base:18.1f}{ratio:8.2f}{memory:11.0f} MiB")
     lines.append(f"  largest difference of M from float64: {largest_error(setting):.1e}")
-    own = 1000 * (statistics.median(times["M and its parts"]) - statistics.median(times["capture only"]))
+    whole, capture = (found[label].seconds for label in ("M and its parts", "capture only"))
+    own = 1000 * (statistics.median(whole) - statistics.median(capture))
     lines += [f"  {line}" for line in distance(setting, own)]
     return "\n".join(lines) + "\n"
 
@@ -123,6 +108,7 @@ def main() -> None:
     parser.add_argument("--no-scaling", action="store_true", help="leave the curves out")
     options = parser.parse_args()
     device, dtype = ("cuda", "bfloat16") if options.suite == "gpu" else ("cpu", "float32")
+    large_pages()  # as the command line does; processes that are started inherit it
     torch.set_num_threads(options.threads)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
